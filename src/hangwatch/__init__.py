@@ -1,0 +1,29 @@
+"""Expiration timers for worker processes: a block that overruns is explained and ended."""
+
+from hangwatch.api import TimerClient, configure, expires
+from hangwatch.errors import (
+    AddressError,
+    HangwatchError,
+    LaunchError,
+    NotConfiguredError,
+    PageError,
+    ProtocolError,
+    WatcherUnavailableError,
+)
+from hangwatch.shared_memory_timer import SharedMemoryTimerClient
+
+__all__ = [
+    "AddressError",
+    "HangwatchError",
+    "LaunchError",
+    "NotConfiguredError",
+    "PageError",
+    "ProtocolError",
+    "SharedMemoryTimerClient",
+    "TimerClient",
+    "WatcherUnavailableError",
+    "configure",
+    "expires",
+]
+
+__version__ = "0.1.0"

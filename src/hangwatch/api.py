@@ -1,0 +1,367 @@
+"""The contract: `expires`, `configure`, and what a client of one's own must be.
+
+The quiet path of a block is `expires.__init__`, the look-up of ``__exit__``, and
+``__enter__``: no system call, no lock, nothing that can raise once the timer is
+armed. Leaving is one call of C code. `benchmarks/arm.py` measures it.
+"""
+
+from __future__ import annotations
+
+import abc
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Hashable
+from math import inf
+from time import monotonic
+from types import CodeType
+from typing import TYPE_CHECKING, Any
+
+from hangwatch.errors import HangwatchError, NotConfiguredError
+from hangwatch.page import WATCH_UNTIL
+from hangwatch.worker.client import WorkerClient, address_from_environment, client_at
+from hangwatch.worker.page_writer import VOID_SLOT, Slot
+
+__all__ = ["TimerClient", "configure", "expires"]
+
+_getframe = sys._getframe
+
+
+class TimerClient(abc.ABC):
+    """How a worker acquires and releases timers; subclass it to write your own."""
+
+    @abc.abstractmethod
+    def acquire(self, scope_id: str, expiration_time: float) -> None:
+        """Acquire a timer for the calling worker.
+
+        Args:
+            scope_id: the block's name.
+            expiration_time: when it expires, in seconds since the epoch.
+        """
+
+    @abc.abstractmethod
+    def release(self, scope_id: str) -> None:
+        """Release the calling worker's timer of that name."""
+
+    def _worker_client(self) -> WorkerClient | None:
+        """Return the native road under this client, or None to be called as the contract says."""
+        return None
+
+
+class _Configured:
+    """Who watches when a block names no client. One object, replaced field by field."""
+
+    client: TimerClient | None = None
+    by_environment = True
+
+
+class _PerThread(threading.local):
+    """The slots that this thread's next blocks find by their key."""
+
+    def __init__(self) -> None:
+        self.slots: dict[Hashable, Slot] = {}
+
+
+_local = _PerThread()
+
+
+def forget_slots() -> None:
+    """Make every thread look its slots up again: another client, or another process."""
+    global _local
+    _local = _PerThread()
+
+
+os.register_at_fork(after_in_child=forget_slots)
+
+
+def configure(timer_client: TimerClient | None) -> None:
+    """Set the client of every block of this process that names none.
+
+    Args:
+        timer_client: the client; None unsets it, and `expires` then raises whatever
+            the environment says.
+
+    Raises:
+        TypeError: it has no ``acquire`` and ``release``.
+    """
+    if timer_client is not None:
+        _check_client(timer_client)
+    _Configured.client = timer_client
+    _Configured.by_environment = False
+    forget_slots()
+
+
+class _ExitLookup(property):
+    # ``with`` looks __exit__ up on the instance before it calls __enter__ (PEP 343), and
+    # gets one C call that disarms the slot chosen at that moment. contextlib.ExitStack
+    # takes it from the class and calls it with the instance.
+    def __call__(self, block: expires, *exc_info: object) -> None:
+        block._leave(*exc_info)
+
+
+class _NoThread:
+    alone = None
+
+
+class _Unchosen:
+    """In the place of a slot: ``__enter__`` was called with no look at ``__exit__`` before."""
+
+    thread = _NoThread
+
+    def nest(self, block: expires) -> Slot:
+        return block._enter_by_hand()
+
+
+_UNCHOSEN = _Unchosen()
+
+
+class _ByHand:
+    """In the place of a key: blocks that were entered by a call of ``__enter__``.
+
+    Until all of them are left, the next look at ``__exit__`` may mean to leave, not to enter.
+    """
+
+    thread = _NoThread
+
+    def __init__(self, block: expires, key: Hashable) -> None:
+        self.key = key
+        self.exit = block._leave
+        self.exits: list[tuple[int, Callable[..., None]]] = []
+
+    def nest(self, block: expires) -> Slot:
+        return block._enter_by_hand()
+
+
+class _ContractBlock:
+    """In the place of a slot: a block whose client is called as the contract says."""
+
+    thread = _NoThread
+
+    def __init__(self, client: TimerClient, scope: str, limit: float) -> None:
+        self.client = client
+        self.scope = scope
+        self.limit = limit
+
+    def nest(self, block: object) -> Slot:
+        self.client.acquire(self.scope, time.time() + self.limit)
+        return VOID_SLOT
+
+    def exit(self, kind: object, error: object, traceback: object) -> None:
+        try:
+            self.client.release(self.scope)
+        except Exception:
+            if kind is None:
+                raise
+            # The body's exception always wins.
+            import logging
+
+            logging.getLogger("hangwatch").warning(
+                "hangwatch: release(%r) failed after the block had failed", self.scope, exc_info=True
+            )
+
+
+_Road = Slot | _ByHand | _ContractBlock
+
+
+class expires:  # noqa: N801 - the contract's name
+    """Declare that the block takes at most `after` seconds.
+
+    A worker whose block overruns is ended by the watcher, another process, even if the
+    block hangs in C with the GIL held. Blocks are independent of each other, nested,
+    recursive and in many threads. One object may be entered again and again.
+
+    Args:
+        after: seconds from entering the block, more than 0.
+        scope: the block's name in reports; ``<file>#<line>`` of the caller by default.
+        client: who acquires the timer, if not the one that `configure` set or the
+            environment's ``HANGWATCH_ADDRESS`` names.
+
+    Raises:
+        ValueError: on entering, `after` is not positive and finite, or `scope` is empty.
+        TypeError: on entering, `after` is no number, `scope` no string, `client` no client.
+        NotConfiguredError: on entering, nobody said who watches.
+    """
+
+    __slots__ = ("_after", "_client", "_code", "_key", "_slot")
+
+    def __init__(
+        self, after: float, scope: str | None = None, client: TimerClient | None = None
+    ) -> None:
+        self._after = after
+        self._slot: Any = _UNCHOSEN
+        if scope is None:
+            frame = _getframe(1)
+            self._code = code = frame.f_code
+            self._key: Hashable = id(code), frame.f_lasti
+        else:
+            self._key = scope
+        if client is not None:
+            self._client = client
+            self._key = client, self._key
+
+    def __enter__(self) -> expires:
+        now = monotonic()
+        slot = self._slot
+        if slot.thread.alone is not slot:
+            slot = slot.nest(self)
+        self._slot = _UNCHOSEN
+        words = slot.words
+        try:
+            # No calls from here to the return of a quiet block: see PageWriter. The order
+            # of entry, deadline and watch_until is the protocol's.
+            words[slot.entry_at] = slot.entry
+            words[slot.deadline_at] = deadline = now + slot.limit
+            if now < words[WATCH_UNTIL] <= deadline:
+                return self
+            slot.ring()
+        except BaseException:
+            words[slot.deadline_at] = 0.0
+            raise
+        return self
+
+    def _look_up_exit(self) -> Callable[..., None]:
+        try:
+            slot = _local.slots[self._key]
+            # No calls: from the look to the claim, no other thread may take the slot.
+            if slot.after is self._after and slot.words[slot.deadline_at] == 0.0:
+                slot.entry += 1.0
+                self._slot = slot
+                return slot.exit
+        except (KeyError, TypeError):
+            pass
+        road: _Road
+        if isinstance(self._key, _ByHand):
+            road = self._key
+        else:
+            road = self._choose(self._key)
+        self._slot = road
+        return road.exit
+
+    if TYPE_CHECKING:
+
+        def __exit__(self, *exc_info: object) -> None: ...
+    else:
+        __exit__ = _ExitLookup(_look_up_exit)
+
+    def _choose(self, key: Hashable) -> Slot | _ContractBlock:
+        """Check what the caller gave, and choose where the block's timer will stand."""
+        limit = _checked_limit(self._after)
+        code = getattr(self, "_code", None)
+        client = getattr(self, "_client", None)
+        scope = _checked_scope(key, code, client is not None)
+        if client is not None:
+            _check_client(client)
+        elif _Configured.client is not None:
+            client = _Configured.client
+        if client is None:
+            if not _Configured.by_environment:
+                raise NotConfiguredError(
+                    "configure(None) left no client: call configure(client), "
+                    "or give expires(..., client=...)"
+                )
+            worker = client_at(address_from_environment())
+        else:
+            road = client._worker_client() if isinstance(client, TimerClient) else None
+            if road is None:
+                return _ContractBlock(client, scope, limit)
+            worker = road
+        slot = worker.choose(key, self._after, limit, scope, code)
+        if slot is not VOID_SLOT:
+            if len(_local.slots) >= _MOST_CACHED:
+                _local.slots.clear()
+            _local.slots[key] = slot
+        return slot
+
+    def _enter_by_hand(self) -> Slot:
+        by_hand = self._key
+        if not isinstance(by_hand, _ByHand):
+            by_hand = _ByHand(self, by_hand)
+        chosen = self._choose(by_hand.key)
+        left = threading.get_ident(), chosen.exit
+        by_hand.exits.append(left)
+        self._key = by_hand
+        try:
+            arm(chosen, self)
+        except BaseException:
+            by_hand.exits.remove(left)
+            raise
+        return VOID_SLOT
+
+    def _leave(self, *exc_info: object) -> None:
+        by_hand = self._key
+        if isinstance(by_hand, _ByHand):
+            for left in reversed(by_hand.exits):
+                if left[0] == threading.get_ident():
+                    by_hand.exits.remove(left)
+                    if not by_hand.exits:
+                        self._key = by_hand.key
+                    return left[1](*exc_info)
+        raise HangwatchError(
+            "this thread leaves a block that it has not entered: pair __exit__ with __enter__"
+        )
+
+
+def arm(chosen: Slot | _ContractBlock, block: object = None) -> None:
+    """Arm what `choose` gave, off the quiet path; if that raises, it isn't armed."""
+    slot = chosen.nest(block)
+    try:
+        slot.words[slot.entry_at] = slot.entry
+        slot.words[slot.deadline_at] = monotonic() + slot.limit
+        slot.ring()
+    except BaseException:
+        slot.words[slot.deadline_at] = 0.0
+        raise
+
+
+# A thread's look-up table is only a cache; scopes that never come again must not fill it.
+_MOST_CACHED = 256
+
+
+def _checked_limit(after: object) -> float:
+    try:
+        if isinstance(after, str | bytes):
+            raise TypeError
+        limit = float(after)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            f"after must be a number of seconds, not {type(after).__name__}: "
+            "for a timedelta, give its total_seconds()"
+        ) from None
+    except OverflowError:
+        limit = inf
+    if not 0 < limit < inf:
+        raise ValueError(
+            f"after must be positive and finite, not {after!r:.40}: "
+            "leave the block out if it may take for ever"
+        )
+    return limit
+
+
+def _checked_scope(key: Hashable, code: CodeType | None, named_client: bool) -> str:
+    if named_client:
+        _, key = key  # type: ignore[misc]
+    if code is not None:
+        _, instruction = key  # type: ignore[misc]
+        return f"{code.co_filename}#{_line(code, instruction)}"
+    if not isinstance(key, str):
+        raise TypeError(f"scope must be a string or None, not {type(key).__name__}")
+    if not key:
+        raise ValueError("scope must not be empty: leave it out for <file>#<line>")
+    return key
+
+
+def _line(code: CodeType, instruction: int) -> int:
+    line = code.co_firstlineno
+    for start, end, number in code.co_lines():
+        if start <= instruction < end and number is not None:
+            line = number
+    return line
+
+
+def _check_client(client: object) -> None:
+    for method in ("acquire", "release"):
+        if not callable(getattr(client, method, None)):
+            raise TypeError(
+                f"a timer client needs acquire and release, {type(client).__name__} has no {method}"
+            )

@@ -1,0 +1,53 @@
+"""The errors of hangwatch: one base, a handful of leaves.
+
+Each message ends with what to do next. All of them pickle, so that they can
+cross a process pool.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AddressError",
+    "HangwatchError",
+    "LaunchError",
+    "NotConfiguredError",
+    "PageError",
+    "ProtocolError",
+    "WatcherUnavailableError",
+]
+
+
+class HangwatchError(Exception):
+    """Base of every error that hangwatch raises on its own account."""
+
+
+class NotConfiguredError(HangwatchError, RuntimeError):
+    """A block was entered, and nobody said who watches it: the caller's fault."""
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(
+            message
+            or "no watcher is configured: start the program with 'hangwatch run -- COMMAND', "
+            "or wrap its main part in 'with hangwatch.serve():', "
+            "or set HANGWATCH_ADDRESS=off to run it unwatched"
+        )
+
+
+class AddressError(HangwatchError, ValueError):
+    """An address can't be used as given: the fault of whoever set it."""
+
+
+class WatcherUnavailableError(HangwatchError, ConnectionError):
+    """Nobody answers at the address, or whoever does may not be trusted."""
+
+
+class ProtocolError(HangwatchError):
+    """The other side speaks another version, or none, of the protocol."""
+
+
+class PageError(HangwatchError):
+    """A worker's page is not one that a watcher can map safely."""
+
+
+class LaunchError(HangwatchError):
+    """The watcher process could not be started."""

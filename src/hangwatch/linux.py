@@ -1,0 +1,180 @@
+"""System calls that Python's os module does not have.
+
+ctypes is loaded at the first call, never by importing this module: a program
+that arms no timer does not pay for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import platform
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import ctypes
+
+# Source: linux/membarrier.h, linux/prctl.h, asm/unistd.h, asm-generic/mman.h.
+_MEMBARRIER_NUMBERS = {
+    "x86_64": 324,
+    "aarch64": 283,
+    "riscv64": 283,
+    "loongarch64": 283,
+    "ppc64le": 365,
+    "s390x": 356,
+}
+_TGKILL_NUMBERS = {
+    "x86_64": 234,
+    "aarch64": 131,
+    "riscv64": 131,
+    "loongarch64": 131,
+    "ppc64le": 250,
+    "s390x": 241,
+}
+_MEMBARRIER_GLOBAL_EXPEDITED = 1 << 1
+_MEMBARRIER_REGISTER_GLOBAL_EXPEDITED = 1 << 2
+_PR_SET_CHILD_SUBREAPER = 36
+_PROT_READ_WRITE = 3
+_MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 0x02, 0x10, 0x20
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_long,
+    ]
+    return libc
+
+
+def _system_call(numbers: dict[str, int], *arguments: int) -> int:
+    import ctypes
+
+    number = numbers.get(platform.machine())
+    if number is None or sys.maxsize < 2**32:
+        raise OSError(errno.ENOSYS, f"system call number unknown on {platform.machine()}")
+    wide = [ctypes.c_long(argument) for argument in arguments]
+    result: int = _libc().syscall(ctypes.c_long(number), *wide)
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
+
+
+def register_fence() -> bool:
+    """Let `fence` of another process reach this one.
+
+    Returns:
+        False where the kernel or a sandbox does not allow it.
+
+    Source: membarrier(2), MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED, Linux 4.16.
+    """
+    try:
+        _system_call(_MEMBARRIER_NUMBERS, _MEMBARRIER_REGISTER_GLOBAL_EXPEDITED, 0, 0)
+    except (OSError, ImportError):
+        return False
+    return True
+
+
+def fence() -> bool:
+    """Run a full memory barrier on every CPU that runs a registered process.
+
+    Returns:
+        False where the kernel or a sandbox does not allow it.
+
+    Source: membarrier(2), MEMBARRIER_CMD_GLOBAL_EXPEDITED, Linux 4.16.
+    """
+    try:
+        _system_call(_MEMBARRIER_NUMBERS, _MEMBARRIER_GLOBAL_EXPEDITED, 0, 0)
+    except (OSError, ImportError):
+        return False
+    return True
+
+
+def address_of(memory: memoryview) -> int:
+    """Return where writable `memory` begins in this process."""
+    import ctypes
+
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def make_private(address: int, size: int) -> None:
+    """Replace the mapping at `address` by private zeroes, under every handle to it.
+
+    Source: mmap(2), MAP_FIXED: the old mapping goes and the new one comes in one step.
+
+    Raises:
+        OSError: the kernel has no memory left.
+    """
+    import ctypes
+
+    flags = _MAP_PRIVATE | _MAP_FIXED | _MAP_ANONYMOUS
+    if _libc().mmap(address, size, _PROT_READ_WRITE, flags, -1, 0) != address:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def become_subreaper() -> None:
+    """Make orphaned descendants children of this process, not of init.
+
+    Source: prctl(2), PR_SET_CHILD_SUBREAPER, Linux 3.4.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    import ctypes
+
+    if _libc().prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def signal_thread(pid: int, native_id: int, signal: int) -> None:
+    """Send `signal` to one thread of process `pid`.
+
+    Uses a thread's pidfd where the kernel has them (Linux 6.9), else tgkill(2),
+    which fails if the thread isn't that process's.
+
+    Raises:
+        ProcessLookupError: there is no such thread in that process.
+        OSError: the kernel refuses.
+    """
+    import signal as signals
+
+    try:
+        # PIDFD_THREAD has the value of O_EXCL; pidfd_open(2).
+        thread = os.pidfd_open(native_id, os.O_EXCL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    else:
+        try:
+            if not os.path.isdir(f"/proc/{pid}/task/{native_id}"):
+                raise ProcessLookupError(errno.ESRCH, "not a thread of that process")
+            signals.pidfd_send_signal(thread, signal)
+        finally:
+            os.close(thread)
+        return
+    _system_call(_TGKILL_NUMBERS, pid, native_id, signal)
+
+
+def name_process(name: str) -> None:
+    """Set what ps and top show as this process's comm, 15 bytes at most.
+
+    Source: proc(5), /proc/pid/comm.
+    """
+    try:
+        with open("/proc/self/comm", "w") as comm:
+            comm.write(name)
+    except OSError:  # a name is a kindness, not a need
+        pass

@@ -1,0 +1,222 @@
+"""The page: the memory that one worker shares with the watcher.
+
+This module alone knows the layout. The worker writes slots, the watcher reads
+them and writes one word, ``watch_until``.
+
+Layout (native byte order, one memfd of `PAGE_BYTES`):
+
+    header, 64 bytes
+        0   8s  magic, the last byte is the version
+        8   u64 capacity: slots that fit
+        16  f64 watch_until: the watcher looks at this page again no later than this
+        24  f64 slots in use: only the first so many were ever given out
+    slots, 256 bytes each
+        0   f64 deadline, 0.0 while not armed
+        8   3?  how the block ended; written together with the deadline, read by nobody
+        16  f64 entry: generation * 2**32 + times entered; a new scope is a new generation
+        24  f64 limit
+        32  u64 threading.get_ident(), u64 threading.get_native_id()
+        48  u32 flags, i32 signal
+        56  u64 the enclosing slot's index + 1 (0: none), f64 its entry
+        72  24s the thread's name     96  160s the scope      (UTF-8, padded with NUL)
+
+Times are seconds of CLOCK_MONOTONIC as a double: after a year of uptime a
+double still resolves 4 ns, and Python adds, compares and stores it faster than
+an integer of nanoseconds (docs/decisions/0002-doubles.md).
+
+The memory is sparse: the kernel backs only what was touched, so a page has room
+for `CAPACITY` slots and costs what is used (docs/decisions/0003-one-sparse-page.md).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from dataclasses import dataclass
+
+VERSION = 1
+MAGIC = b"hangwat" + bytes([VERSION])
+CAPACITY = 4096
+HEADER_BYTES = 64
+SLOT_BYTES = 256
+PAGE_BYTES = HEADER_BYTES + CAPACITY * SLOT_BYTES
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+# Words of the page seen as doubles, counted from the page's start ...
+WATCH_UNTIL = 2
+SLOTS_IN_USE = 3
+HEADER_WORDS = HEADER_BYTES // 8
+SLOT_WORDS = SLOT_BYTES // 8
+# ... and from a slot's.
+DEADLINE = 0
+ENTRY = 2
+LIMIT = 3
+
+_HEADER = struct.Struct("=8sQ")
+_DETAILS = struct.Struct("=QQIiQd")
+_DETAILS_AT = 32
+_THREAD_AT, _THREAD_BYTES = 72, 24
+_SCOPE_AT, _SCOPE_BYTES = 96, 160
+_CUT = "…"
+
+# One generation is one scope's stay in a slot. The generation wraps long before
+# the entry would leave the integers that a double counts exactly (2**53).
+GENERATION = 2.0**32
+_GENERATIONS = 2.0**20
+
+DISARM = struct.Struct("=d???")
+"""What leaving a block writes: the deadline 0.0, then whether it ended by an exception."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotDetails:
+    """What a slot says besides its deadline; constant for one generation.
+
+    Attributes:
+        limit: seconds that the block may take.
+        ident: `threading.get_ident()` of the thread that holds the block.
+        native_id: its kernel thread id.
+        flags: per-block choices, 0 for the server's.
+        signal: per-block signal, 0 for the server's.
+        enclosing: index of the slot of the block around this one, or None.
+        enclosing_entry: the entry of the block around this one.
+        thread_name: Python's name of the thread, perhaps cut.
+        scope: the block's name, perhaps cut.
+    """
+
+    limit: float
+    ident: int
+    native_id: int
+    flags: int
+    signal: int
+    enclosing: int | None
+    enclosing_entry: float
+    thread_name: str
+    scope: str
+
+
+def deadline_word(index: int) -> int:
+    """Return the word of slot `index`'s deadline."""
+    return HEADER_WORDS + index * SLOT_WORDS + DEADLINE
+
+
+def slot_byte(index: int) -> int:
+    """Return the byte at which slot `index` begins."""
+    return HEADER_BYTES + index * SLOT_BYTES
+
+
+def create_memfd() -> int:
+    """Create a page's memory: sized, sealed, its header written.
+
+    Returns:
+        The descriptor, close-on-exec; the caller owns it.
+
+    Raises:
+        OSError: the kernel has no memory or no descriptor left.
+
+    Source: memfd_create(2), fcntl(2) on file seals.
+    """
+    descriptor = os.memfd_create("hangwatch-page", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(descriptor, PAGE_BYTES)
+        os.pwrite(descriptor, _HEADER.pack(MAGIC, CAPACITY), 0)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def header_problem(memory: memoryview) -> str | None:
+    """Say what is wrong with a page's header, or None."""
+    magic, capacity = _HEADER.unpack_from(memory, 0)
+    if magic[:-1] != MAGIC[:-1]:
+        return "the page does not begin with hangwatch's magic"
+    if magic[-1] != VERSION:
+        return f"the page has layout {magic[-1]}, this watcher reads {VERSION}"
+    if capacity != CAPACITY:
+        return f"the page says it has {capacity} slots, not {CAPACITY}"
+    return None
+
+
+def next_generation(entry: float) -> float:
+    """Return the entry that begins the slot's next generation, never entered yet."""
+    return ((entry // GENERATION + 1.0) % _GENERATIONS) * GENERATION
+
+
+def times_entered(entry: float) -> int:
+    """Return how often this scope was entered in this slot."""
+    return int(entry % GENERATION)
+
+
+def cut(text: str, room: int, *, keep_end: bool = False) -> bytes:
+    """Encode `text` as UTF-8 in at most `room` bytes; what is lost leaves a mark."""
+    if len(text) <= room:
+        encoded = text.encode("utf-8", "backslashreplace")
+        if len(encoded) <= room:
+            return encoded
+    mark = _CUT.encode()
+    part = text[-room:] if keep_end else text[:room]
+    encoded = part.encode("utf-8", "backslashreplace")
+    room -= len(mark)
+    if keep_end:
+        return mark + encoded[-room:].decode("utf-8", "ignore").encode()
+    return encoded[:room].decode("utf-8", "ignore").encode() + mark
+
+
+def write_details(memory: memoryview, index: int, details: SlotDetails, keep_end: bool) -> None:
+    """Write a slot's details; the slot must not be armed, its generation new.
+
+    Args:
+        memory: the page as bytes.
+        index: the slot.
+        details: what to write.
+        keep_end: cut a long scope at its beginning (a path's end tells more).
+    """
+    at = slot_byte(index)
+    enclosing = 0 if details.enclosing is None else details.enclosing + 1
+    struct.pack_into("=d", memory, at + LIMIT * 8, details.limit)
+    _DETAILS.pack_into(
+        memory,
+        at + _DETAILS_AT,
+        details.ident,
+        details.native_id,
+        details.flags,
+        details.signal,
+        enclosing,
+        details.enclosing_entry,
+    )
+    name = cut(details.thread_name, _THREAD_BYTES).ljust(_THREAD_BYTES, b"\0")
+    scope = cut(details.scope, _SCOPE_BYTES, keep_end=keep_end).ljust(_SCOPE_BYTES, b"\0")
+    memory[at + _THREAD_AT : at + _SCOPE_AT + _SCOPE_BYTES] = name + scope
+
+
+def write_enclosing(memory: memoryview, index: int, enclosing: int | None, entry: float) -> None:
+    """Say which block is around the one in slot `index`; before arming it."""
+    word = 0 if enclosing is None else enclosing + 1
+    struct.pack_into("=Qd", memory, slot_byte(index) + 56, word, entry)
+
+
+def read_details(memory: memoryview, index: int) -> SlotDetails:
+    """Read a slot's details, whatever the bytes are: a page may hold nonsense."""
+    at = slot_byte(index)
+    (limit,) = struct.unpack_from("=d", memory, at + LIMIT * 8)
+    ident, native_id, flags, signal, enclosing, enclosing_entry = _DETAILS.unpack_from(
+        memory, at + _DETAILS_AT
+    )
+    return SlotDetails(
+        limit=limit,
+        ident=ident,
+        native_id=native_id,
+        flags=flags,
+        signal=signal,
+        enclosing=enclosing - 1 if 0 < enclosing <= CAPACITY else None,
+        enclosing_entry=enclosing_entry,
+        thread_name=_text(memory, at + _THREAD_AT, _THREAD_BYTES),
+        scope=_text(memory, at + _SCOPE_AT, _SCOPE_BYTES),
+    )
+
+
+def _text(memory: memoryview, at: int, room: int) -> str:
+    return bytes(memory[at : at + room]).split(b"\0", 1)[0].decode("utf-8", "replace")

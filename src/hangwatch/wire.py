@@ -1,0 +1,156 @@
+"""The handshake's two messages, each one SOCK_SEQPACKET datagram of JSON.
+
+A worker says hello, with its page's descriptor attached and perhaps that of its
+stack channel; the watcher welcomes it or says why not. After that the worker
+sends one byte, `RING`, whenever the watcher should look at its page.
+
+Layout of a hello: {"hangwatch": 1, "page_fd": int, "monotonic": float,
+"fenced": bool, "labels": {str: str}, "command": [str, ...], "python": str,
+"stacks": null or {"fd": int, "own": int, "all": int}}.
+Layout of a reply: {"hangwatch": 1, "welcome": bool, "reason": str}.
+Unknown keys are ignored, so that a later version can add some.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from math import isfinite
+
+from hangwatch.errors import ProtocolError
+
+VERSION = 1
+MAX_BYTES = 16384
+MAX_DESCRIPTORS = 2
+RING = b"!"
+_MAX_LABELS, _MAX_ARGUMENTS, _MAX_TEXT = 32, 32, 256
+
+
+@dataclass(frozen=True, slots=True)
+class StackChannel:
+    """Where a worker's Python stacks appear, and how to ask for them.
+
+    Attributes:
+        fd: number of the memfd in the worker's process.
+        own: signal that makes the thread that gets it write its stack.
+        all: signal that makes it write every thread's.
+    """
+
+    fd: int
+    own: int
+    all: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What a worker says of itself. Nothing in it names a process to act on.
+
+    Attributes:
+        page_fd: number of the page's memfd in the worker's process.
+        monotonic: the worker's CLOCK_MONOTONIC in seconds, to find a foreign time namespace.
+        fenced: whether the watcher's memory fence reaches this process.
+        labels: rank and the like, from an allow-list of environment variables.
+        command: the command line, perhaps cut.
+        python: the version of its Python.
+        stacks: its stack channel, or None where it has none.
+    """
+
+    page_fd: int
+    monotonic: float
+    fenced: bool
+    labels: dict[str, str]
+    command: list[str]
+    python: str
+    stacks: StackChannel | None
+
+
+def encode_hello(hello: Hello) -> bytes:
+    """Encode a hello, its texts cut to what fits into `MAX_BYTES`."""
+    stacks = hello.stacks
+    labels = dict(list(hello.labels.items())[:_MAX_LABELS])
+    return json.dumps(
+        {
+            "hangwatch": VERSION,
+            "page_fd": hello.page_fd,
+            "monotonic": hello.monotonic,
+            "fenced": hello.fenced,
+            "labels": {key[:_MAX_TEXT]: value[:_MAX_TEXT] for key, value in labels.items()},
+            "command": [word[:_MAX_TEXT] for word in hello.command[:_MAX_ARGUMENTS]],
+            "python": hello.python,
+            "stacks": stacks and {"fd": stacks.fd, "own": stacks.own, "all": stacks.all},
+        }
+    ).encode("ascii")
+
+
+def decode_hello(message: bytes) -> Hello:
+    """Decode a hello.
+
+    Raises:
+        ProtocolError: the message is none, or of another version: the peer's fault.
+    """
+    fields = _decode(message, "worker")
+    try:
+        stacks = fields.get("stacks")
+        hello = Hello(
+            page_fd=_number(fields["page_fd"]),
+            monotonic=float(fields["monotonic"]),  # type: ignore[arg-type]
+            fenced=fields.get("fenced") is True,
+            labels=_texts(fields.get("labels", {})),
+            command=list(_texts(dict(enumerate(fields.get("command", [])))).values()),  # type: ignore[arg-type]
+            python=str(fields.get("python", ""))[:_MAX_TEXT],
+            stacks=None
+            if not isinstance(stacks, dict)
+            else StackChannel(*(_number(stacks[key]) for key in ("fd", "own", "all"))),
+        )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ProtocolError(f"the hello is malformed ({error!r})") from None
+    if not isfinite(hello.monotonic):
+        raise ProtocolError("the hello's clock reading is not a number")
+    return hello
+
+
+def encode_reply(reason: str | None) -> bytes:
+    """Encode the watcher's reply: welcome, or the `reason` why not."""
+    return json.dumps(
+        {"hangwatch": VERSION, "welcome": reason is None, "reason": (reason or "")[:1024]}
+    ).encode("ascii")
+
+
+def decode_reply(message: bytes) -> str | None:
+    """Decode the watcher's reply.
+
+    Returns:
+        None if the worker is welcome, else the reason why not.
+
+    Raises:
+        ProtocolError: whoever answered is no watcher, or one of another version.
+    """
+    fields = _decode(message, "watcher")
+    return None if fields.get("welcome") is True else str(fields.get("reason", ""))
+
+
+def _decode(message: bytes, peer: str) -> dict[str, object]:
+    try:
+        fields = json.loads(message)
+    except (ValueError, RecursionError):
+        raise ProtocolError(f"the message is not one of a hangwatch {peer}") from None
+    if not isinstance(fields, dict) or "hangwatch" not in fields:
+        raise ProtocolError(f"the message is not one of a hangwatch {peer}")
+    if fields["hangwatch"] != VERSION:
+        raise ProtocolError(
+            f"the {peer} speaks protocol {str(fields['hangwatch'])[:20]}, this side {VERSION}: "
+            "install the same version of hangwatch on both sides"
+        )
+    return fields
+
+
+def _number(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+        raise ValueError(f"not a small whole number: {value!r:.40}")
+    return value
+
+
+def _texts(value: object) -> dict[str, str]:
+    if not isinstance(value, dict) or len(value) > max(_MAX_LABELS, _MAX_ARGUMENTS):
+        raise ValueError("labels or command have the wrong shape")
+    return {str(key)[:_MAX_TEXT]: str(text)[:_MAX_TEXT] for key, text in value.items()}

@@ -1,0 +1,1 @@
+"""What runs inside a worker: its page, its connection, its stack channel."""

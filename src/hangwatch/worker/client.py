@@ -1,0 +1,158 @@
+"""A worker's side of the native pair: one page, one connection, one watcher."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import weakref
+from collections.abc import Hashable
+from time import monotonic
+
+from hangwatch import linux
+from hangwatch.errors import HangwatchError, NotConfiguredError
+from hangwatch.worker import connection, stack_channel
+from hangwatch.worker.labels import labels_from
+from hangwatch.worker.page_writer import VOID_SLOT, PageWriter, Slot
+
+ADDRESS_VARIABLE = "HANGWATCH_ADDRESS"
+OFF = "off"
+_TRY_AGAIN_AFTER = 1.0
+
+
+class WorkerClient:
+    """What `expires` talks to: gives out slots, keeps the watcher informed.
+
+    It connects when it is first needed, and says in one warning if it can't. After
+    that the process runs unwatched and tries again at most once a second.
+
+    Args:
+        address: path of the watcher's socket, or ``off``.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._page: PageWriter | None = None
+        self._stacks: stack_channel.StackWriter | None = None
+        self._socket: socket.socket | None = None
+        self._try_at = 0.0
+        self._warned: set[str] = set()
+        _clients.add(self)
+
+    def __repr__(self) -> str:
+        state = "off" if self.address == OFF else "connected" if self._socket else "not connected"
+        return f"<{type(self).__name__} {self.address!r}, {state}>"
+
+    @property
+    def page(self) -> PageWriter:
+        """This process's page; it is made at the first arm."""
+        if self._page is None:
+            self._page = PageWriter(self.ring, self._warn_full)
+        return self._page
+
+    def choose(
+        self, key: Hashable, after: object, limit: float, scope: str, code: object = None
+    ) -> Slot:
+        """Claim a slot for a block; see `PageWriter.choose`. Never raises for the watcher's sake."""
+        if self.address == OFF:
+            return VOID_SLOT
+        try:
+            page = self.page
+        except OSError as error:
+            self._warn_once("page", f"no memory for a page of timers ({error.strerror})")
+            return VOID_SLOT
+        return page.choose(key, after, limit, scope, code)
+
+    def ring(self) -> None:
+        """Have the watcher look at this process's page, connecting first if need be."""
+        watcher = self._socket
+        if watcher is None:
+            # No calls between the look and the claim: one thread alone connects.
+            now = monotonic()
+            if now < self._try_at:
+                return
+            self._try_at = now + 2 * connection.ANSWER_WITHIN
+            try:
+                self.connect()
+            except (HangwatchError, OSError) as error:
+                self._try_at = monotonic() + _TRY_AGAIN_AFTER
+                self._warn_once("connect", str(error))
+        elif not connection.ring(watcher):
+            self._socket = None
+            self._try_at = monotonic() + _TRY_AGAIN_AFTER
+            self._warned.discard("connect")
+            self._warn_once("lost", "the watcher is gone")
+            watcher.close()
+
+    def connect(self) -> None:
+        """Hand the page to the watcher.
+
+        Raises:
+            HangwatchError: see `connection.connect`.
+            OSError: no memory or no descriptor is left for a page.
+        """
+        page = self.page
+        if self._stacks is None:
+            self._stacks = stack_channel.open_channel()
+        self._socket = connection.connect(
+            self.address,
+            page.descriptor,
+            None if self._stacks is None else self._stacks.channel,
+            linux.register_fence(),
+            labels_from(os.environ),
+        )
+        self._warned.discard("lost")
+
+    def forget_parent(self) -> None:
+        """In a forked child: touch nothing of the parent's, and start anew."""
+        page, stacks, watcher = self._page, self._stacks, self._socket
+        self._page = self._stacks = self._socket = None
+        self._try_at = 0.0
+        self._warned = set()
+        if page is not None:
+            page.make_private()
+        if stacks is not None:
+            stacks.forget()
+        if watcher is not None:
+            watcher.close()
+
+    def _warn_full(self) -> None:
+        self._warn_once("full", "as many blocks are open as a page has slots; this one")
+
+    def _warn_once(self, kind: str, what: str) -> None:
+        if kind in self._warned:
+            return
+        self._warned.add(kind)
+        import logging
+
+        ending = " is unwatched" if kind == "full" else "; this process runs on unwatched"
+        logging.getLogger("hangwatch").warning("hangwatch: %s%s", what, ending)
+
+
+_clients: weakref.WeakSet[WorkerClient] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for client in list(_clients):
+        client.forget_parent()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+@functools.cache
+def client_at(address: str) -> WorkerClient:
+    """Return this process's one client for an address from the environment."""
+    return WorkerClient(address)
+
+
+def address_from_environment() -> str:
+    """Return the address that the environment names.
+
+    Raises:
+        NotConfiguredError: it names none: whoever launched this process is at fault.
+    """
+    address = os.environ.get(ADDRESS_VARIABLE)
+    if not address:
+        raise NotConfiguredError
+    return address

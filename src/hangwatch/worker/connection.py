@@ -1,0 +1,171 @@
+"""The worker's connection to the watcher: hello, then one byte at a time.
+
+Arming never waits for the watcher and never fails because of it. Only the first
+arm of a process waits, at most `ANSWER_WITHIN` seconds, for the handshake.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import struct
+import sys
+from time import monotonic, sleep
+
+from hangwatch import wire
+from hangwatch.errors import AddressError, ProtocolError, WatcherUnavailableError
+
+ANSWER_WITHIN = 1.0
+_LONGEST_PATH = 107  # unix(7): sun_path is 108 bytes, the last one NUL
+_RETRY = "start one with 'hangwatch run' or 'hangwatch serve', or correct HANGWATCH_ADDRESS"
+
+
+def connect(
+    address: str,
+    page_descriptor: int,
+    stacks: wire.StackChannel | None,
+    fenced: bool,
+    labels: dict[str, str],
+) -> socket.socket:
+    """Connect to the watcher at `address` and hand it this process's page.
+
+    Args:
+        address: path of the watcher's socket.
+        page_descriptor: the page's memfd.
+        stacks: this process's stack channel, if it has one.
+        fenced: whether the watcher's memory fence reaches this process.
+        labels: what the watcher's reports call this process.
+
+    Returns:
+        The connected, non-blocking socket.
+
+    Raises:
+        AddressError: the address can't be a watcher's: whoever set it is at fault.
+        WatcherUnavailableError: nobody answers there within `ANSWER_WITHIN`, the
+            watcher refuses this process, or belongs to another user.
+        ProtocolError: whoever answers is no watcher of this protocol's version.
+    """
+    until = monotonic() + ANSWER_WITHIN
+    connection = _open(address, until)
+    try:
+        _check_owner(connection, address)
+        descriptors = [page_descriptor]
+        if stacks is not None:
+            descriptors.append(stacks.fd)
+        hello = wire.Hello(
+            page_fd=page_descriptor,
+            monotonic=monotonic(),
+            fenced=fenced,
+            labels=labels,
+            command=list(sys.orig_argv),
+            python=".".join(map(str, sys.version_info[:3])),
+            stacks=stacks,
+        )
+        _converse(connection, address, wire.encode_hello(hello), descriptors, until)
+    except BaseException:
+        connection.close()
+        raise
+    connection.setblocking(False)
+    return connection
+
+
+def ring(connection: socket.socket) -> bool:
+    """Ask the watcher to look at this process's page.
+
+    A full socket is a ring that the watcher has not heard yet: enough.
+
+    Returns:
+        False if the watcher is gone.
+    """
+    try:
+        connection.send(wire.RING, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        # Out of socket memory for the moment is not gone.
+        return error.errno in (errno.ENOBUFS, errno.ENOMEM, errno.EINTR)
+    return True
+
+
+def _open(address: str, until: float) -> socket.socket:
+    if "\0" in address or len(os.fsencode(address)) > _LONGEST_PATH:
+        raise AddressError(
+            f"the watcher's address {address!r:.60} can't be a socket's path "
+            f"(at most {_LONGEST_PATH} bytes, no NUL): choose a shorter one"
+        )
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.setblocking(False)
+    try:
+        while True:
+            try:
+                connection.connect(address)
+            except BlockingIOError:  # the queue of newcomers is full
+                if monotonic() > until:
+                    raise WatcherUnavailableError(
+                        f"the watcher at {address} is too busy to take newcomers: try again later"
+                    ) from None
+                sleep(0.01)
+            else:
+                return connection
+    except OSError as error:
+        connection.close()
+        if isinstance(error, WatcherUnavailableError):
+            raise
+        raise _unreachable(address, error) from None
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _unreachable(address: str, error: OSError) -> AddressError | WatcherUnavailableError:
+    if error.errno == errno.ENOENT:
+        return WatcherUnavailableError(f"there is no watcher at {address}: {_RETRY}")
+    if error.errno == errno.EPROTOTYPE:
+        return AddressError(f"{address} is a socket, but no watcher's: correct HANGWATCH_ADDRESS")
+    if error.errno == errno.ECONNREFUSED:
+        try:
+            is_socket = stat.S_ISSOCK(os.stat(address).st_mode)
+        except OSError:
+            is_socket = True
+        if not is_socket:
+            return AddressError(f"{address} is not a socket: correct HANGWATCH_ADDRESS")
+        return WatcherUnavailableError(f"nobody listens at {address} any more: {_RETRY}")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return WatcherUnavailableError(
+            f"the watcher at {address} belongs to another user: start one of your own"
+        )
+    return WatcherUnavailableError(f"can't connect to {address} ({error.strerror}): {_RETRY}")
+
+
+def _check_owner(connection: socket.socket, address: str) -> None:
+    size = struct.calcsize("3i")
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    _, uid, _ = struct.unpack("3i", credentials)
+    if uid not in (os.geteuid(), 0):
+        raise WatcherUnavailableError(
+            f"the watcher at {address} belongs to user {uid}, not to {os.geteuid()} or root: "
+            "start one of your own"
+        )
+
+
+def _converse(
+    connection: socket.socket, address: str, hello: bytes, descriptors: list[int], until: float
+) -> None:
+    try:
+        connection.settimeout(max(0.01, until - monotonic()))
+        socket.send_fds(connection, [hello], descriptors, socket.MSG_NOSIGNAL)
+        connection.settimeout(max(0.01, until - monotonic()))
+        answer = connection.recv(wire.MAX_BYTES)
+    except TimeoutError:
+        raise WatcherUnavailableError(
+            f"the watcher at {address} did not answer within {ANSWER_WITHIN:g} s: is it stopped?"
+        ) from None
+    except OSError as error:
+        raise _unreachable(address, error) from None
+    if not answer:
+        raise ProtocolError(f"whoever listens at {address} hung up: it is no watcher")
+    reason = wire.decode_reply(answer)
+    if reason is not None:
+        raise WatcherUnavailableError(f"the watcher at {address} refuses this process: {reason}")

@@ -1,0 +1,66 @@
+"""The worker's side of stack dumps: faulthandler, two signals and a memfd.
+
+faulthandler writes from the signal handler itself, in C, without the GIL. So the
+stacks appear even while a C call holds it. Source: Python's faulthandler module.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+
+from hangwatch.wire import StackChannel
+
+# The top real-time signals, from the second highest down: the lowest belong to the C
+# library, the highest is the one that programs pick first.
+_CANDIDATES = range(signal.SIGRTMAX - 1, signal.SIGRTMIN + 2, -1)
+
+
+class StackWriter:
+    """The open channel of this process; `channel` is what the watcher is told."""
+
+    def __init__(self, descriptor: int, own: int, all_threads: int) -> None:
+        self.channel = StackChannel(descriptor, own, all_threads)
+
+    def forget(self) -> None:
+        """In a forked child: let go of the parent's channel."""
+        import faulthandler
+
+        faulthandler.unregister(self.channel.own)
+        faulthandler.unregister(self.channel.all)
+        os.close(self.channel.fd)
+
+
+def open_channel() -> StackWriter | None:
+    """Register the two signals; None if no two of them are free or nothing can be opened."""
+    import faulthandler
+
+    taken = _caught_or_ignored()
+    free = [number for number in _CANDIDATES if number not in taken][:2]
+    if len(free) < 2:
+        return None
+    own, all_threads = free
+    try:
+        descriptor = os.memfd_create("hangwatch-stacks", os.MFD_CLOEXEC)
+    except OSError:
+        return None
+    # Appending: a reader may truncate what it has read.
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)
+    faulthandler.register(own, descriptor, all_threads=False)
+    faulthandler.register(all_threads, descriptor, all_threads=True)
+    return StackWriter(descriptor, own, all_threads)
+
+
+def _caught_or_ignored() -> set[int]:
+    # The kernel also knows the handlers that C libraries installed; proc(5), SigCgt, SigIgn.
+    taken = set()
+    try:
+        with open("/proc/self/status") as status:
+            for line in status:
+                if line.startswith(("SigCgt:", "SigIgn:")):
+                    mask = int(line.split()[1], 16)
+                    taken |= {number for number in _CANDIDATES if mask >> (number - 1) & 1}
+    except OSError:
+        taken = {number for number in _CANDIDATES if signal.getsignal(number) != signal.SIG_DFL}
+    return taken
