@@ -56,6 +56,8 @@ LIMIT = 3
 _HEADER = struct.Struct("=8sQ")
 _DETAILS = struct.Struct("=QQIiQd")
 _DETAILS_AT = 32
+_ENCLOSING = struct.Struct("=Qd")
+_ENCLOSING_AT = 56
 _THREAD_AT, _THREAD_BYTES = 72, 24
 _SCOPE_AT, _SCOPE_BYTES = 96, 160
 _CUT = "…"
@@ -195,7 +197,13 @@ def write_details(memory: memoryview, index: int, details: SlotDetails, keep_end
 def write_enclosing(memory: memoryview, index: int, enclosing: int | None, entry: float) -> None:
     """Say which block is around the one in slot `index`; before arming it."""
     word = 0 if enclosing is None else enclosing + 1
-    struct.pack_into("=Qd", memory, slot_byte(index) + 56, word, entry)
+    _ENCLOSING.pack_into(memory, slot_byte(index) + _ENCLOSING_AT, word, entry)
+
+
+def read_enclosing(memory: memoryview, index: int) -> tuple[int | None, float]:
+    """Return the slot of the block around the one in slot `index`, or None, and its entry."""
+    word, entry = _ENCLOSING.unpack_from(memory, slot_byte(index) + _ENCLOSING_AT)
+    return (word - 1 if 0 < word <= CAPACITY else None), entry
 
 
 def read_details(memory: memoryview, index: int) -> SlotDetails:

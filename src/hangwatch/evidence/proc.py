@@ -1,0 +1,157 @@
+"""What /proc says of a process. Any of it may block on one in D state: see helper."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from hangwatch.evidence.model import Child, Task
+from hangwatch.watch.identity import parse_stat, read_stat
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """CPU time and context switches of one kernel thread at one moment."""
+
+    state: str
+    comm: str
+    cpu_s: float
+    switches: int
+
+
+@dataclass(frozen=True, slots=True)
+class SignalMasks:
+    """Bit masks of one kernel thread; bit n - 1 is signal n. Source: proc(5)."""
+
+    pending: int
+    shared_pending: int
+    blocked: int
+    caught: int
+
+
+def _read(path: str) -> str | None:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return None
+
+
+def task_ids(pid: int) -> list[int]:
+    """Return the kernel thread ids of a process."""
+    try:
+        return sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
+    except OSError:
+        return []
+
+
+def readings(pid: int) -> dict[int, Reading]:
+    """Read every thread's CPU time and context switches."""
+    found = {}
+    for tid in task_ids(pid):
+        stat = _read(f"/proc/{pid}/task/{tid}/stat")
+        status = _read(f"/proc/{pid}/task/{tid}/status")
+        if stat is None or status is None:
+            continue
+        parsed = parse_stat(stat)
+        switches = sum(
+            int(line.split()[1]) for line in status.splitlines() if "ctxt_switches" in line
+        )
+        found[tid] = Reading(parsed.state, parsed.comm, parsed.cpu_seconds, switches)
+    return found
+
+
+def stand_still(before: dict[int, Reading], after: dict[int, Reading]) -> bool:
+    """Tell whether no thread gained CPU time or was switched between two readings."""
+    return bool(before) and before.keys() == after.keys() and all(
+        (before[tid].cpu_s, before[tid].switches) == (after[tid].cpu_s, after[tid].switches)
+        for tid in before
+    )
+
+
+def signal_masks(pid: int, tid: int) -> SignalMasks | None:
+    """Read the signal masks of one thread; None if there is no such thread."""
+    text = _read(f"/proc/{pid}/task/{tid}/status")
+    if text is None:
+        return None
+    masks = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name in ("SigPnd", "ShdPnd", "SigBlk", "SigCgt"):
+            masks[name] = int(value, 16)
+    if len(masks) < 4:
+        return None
+    return SignalMasks(masks["SigPnd"], masks["ShdPnd"], masks["SigBlk"], masks["SigCgt"])
+
+
+def has(mask: int, signal: int) -> bool:
+    """Tell whether `signal` is in `mask`."""
+    return bool(mask >> (signal - 1) & 1)
+
+
+def wchan(pid: int, tid: int) -> str | None:
+    """Return the kernel function that a thread sleeps in, where the kernel tells."""
+    text = _read(f"/proc/{pid}/task/{tid}/wchan")
+    return text if text and text != "0" else None
+
+
+def tasks(pid: int, before: dict[int, Reading], after: dict[int, Reading]) -> list[Task]:
+    """Describe every thread, with the CPU time that it gained between two readings."""
+    described = []
+    for tid, reading in after.items():
+        syscall = _read(f"/proc/{pid}/task/{tid}/syscall")
+        earlier = before.get(tid, reading)
+        described.append(
+            Task(
+                tid=tid,
+                comm=reading.comm,
+                state=reading.state,
+                wchan=wchan(pid, tid),
+                syscall=syscall.strip() if syscall else None,
+                cpu_s=reading.cpu_s,
+                cpu_gained_s=round(reading.cpu_s - earlier.cpu_s, 3),
+            )
+        )
+    return described
+
+
+def children(pid: int) -> list[Child]:
+    """Describe every descendant of a process.
+
+    Raises:
+        psutil.Error: the process has gone, or the kernel won't say.
+    """
+    import psutil
+
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        stat = read_stat(child.pid)
+        if stat is None:
+            continue
+        try:
+            command = child.cmdline()
+        except psutil.Error:
+            command = []
+        words = [word[:256] for word in command[:32]]
+        found.append(Child(child.pid, stat.ppid, stat.comm, stat.state, words))
+    return found
+
+
+def start_time(start_ticks: int) -> float | None:
+    """Turn a start in clock ticks since boot into seconds since the epoch."""
+    for line in (_read("/proc/stat") or "").splitlines():
+        if line.startswith("btime "):
+            return int(line.split()[1]) + start_ticks / os.sysconf("SC_CLK_TCK")
+    return None
+
+
+def rss_bytes(pid: int) -> int | None:
+    """Return a process's resident memory."""
+    text = _read(f"/proc/{pid}/statm")
+    return None if text is None else int(text.split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def state(pid: int, tid: int) -> str | None:
+    """Return the state letter of one thread."""
+    text = _read(f"/proc/{pid}/task/{tid}/stat")
+    return None if text is None else parse_stat(text).state

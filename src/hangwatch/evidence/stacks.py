@@ -1,0 +1,168 @@
+"""A worker's Python stacks, asked for by signal and read from its memfd.
+
+Dumping the threads of a healthy, running process can crash it (CPython issues 116008
+and 131580), and a signal that nobody catches kills. So nothing is asked without
+looking first: the block is still overdue, the signal is caught and not blocked, the
+descriptor is still the memfd that the worker registered.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic, sleep
+
+from hangwatch import linux
+from hangwatch.evidence import faulthandler_text, proc
+from hangwatch.evidence.model import Frame, ThreadStack
+from hangwatch.watch.identity import Identity
+from hangwatch.wire import StackChannel
+
+_ANSWER_WITHIN_S = 0.5
+_MOST_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Whose stacks to ask for.
+
+    Attributes:
+        identity: the worker.
+        channel: what the worker registered; None if it registered nothing.
+        inode: the memfd's device and inode, as it came with the handshake.
+        ident: `threading.get_ident()` of the thread inside the block; `native_id` its
+            kernel id.
+        names: names of threads by ident, as far as they are known.
+        is_overdue: a fresh look whether the block has not ended.
+        all_allowed: whether all threads may be dumped now.
+    """
+
+    identity: Identity
+    channel: StackChannel | None
+    inode: tuple[int, int]
+    ident: int
+    native_id: int
+    names: dict[int, str]
+    is_overdue: Callable[[], bool]
+    all_allowed: Callable[[], bool]
+
+
+def collect(asked: Asked) -> tuple[list[ThreadStack], list[str]]:
+    """Collect the stacks: first of the block's own thread, then of all if allowed.
+
+    Returns:
+        The threads, the block's own first, and what is missing and why.
+    """
+    channel = asked.channel
+    if channel is None:
+        return [], ["Python stacks: the worker has no stack channel"]
+    own, problem = _dump(asked, channel.own, [asked.native_id])
+    missing = [] if problem is None else [f"the block's own stack: {problem}"]
+    everyone: list[faulthandler_text.Dumped] = []
+    if not asked.all_allowed():
+        missing.append("the other threads: the process is at work, and dumping it is not safe")
+    else:
+        tids = [asked.native_id, *proc.task_ids(asked.identity.pid)]
+        everyone, problem = _dump(asked, channel.all, tids)
+        if problem is not None:
+            missing.append(f"the other threads: {problem}")
+    if own and own[0].cut or any(thread.cut for thread in everyone):
+        missing.append("frames: faulthandler stops at 100 in a thread")
+    return _merge(asked, own, everyone), missing
+
+
+def _merge(
+    asked: Asked, own: list[faulthandler_text.Dumped], everyone: list[faulthandler_text.Dumped]
+) -> list[ThreadStack]:
+    stacks: dict[int, tuple[list[Frame], bool, str | None]] = {}
+    if own:
+        stacks[asked.ident] = own[0].frames, own[0].cut, None
+    for thread in everyone:
+        if thread.ident is not None:
+            stacks.setdefault(thread.ident, (thread.frames, thread.cut, thread.name))
+    return sorted(
+        (
+            ThreadStack(
+                ident, asked.names.get(ident) or name, ident == asked.ident, list(frames), cut
+            )
+            for ident, (frames, cut, name) in stacks.items()
+        ),
+        key=lambda thread: not thread.holds_scope,
+    )
+
+
+def _dump(
+    asked: Asked, signal: int, tids: list[int]
+) -> tuple[list[faulthandler_text.Dumped], str | None]:
+    pid = asked.identity.pid
+    assert asked.channel is not None
+    path = f"/proc/{pid}/fd/{asked.channel.fd}"
+    tid, problem = _who_takes(pid, signal, tids)
+    if tid is None:
+        return [], problem
+    try:
+        memfd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        return [], f"the worker's stack descriptor can't be opened ({error.strerror})"
+    try:
+        status = os.fstat(memfd)
+        if (status.st_dev, status.st_ino) != asked.inode:
+            return [], "the worker's stack descriptor was closed and is another file now"
+        if asked.identity.is_dead():
+            return [], "the process died"
+        if not asked.is_overdue():
+            return [], "the block ended meanwhile"
+        os.ftruncate(memfd, 0)
+        try:
+            linux.signal_thread(pid, tid, signal)
+        except OSError as error:
+            return [], f"the stack request can't be sent ({error.strerror})"
+        problem = _wait_for(asked, memfd, tid, signal)
+        text = os.pread(memfd, _MOST_BYTES, 0).decode("utf-8", "replace")
+        os.ftruncate(memfd, 0)
+    finally:
+        os.close(memfd)
+    threads, threads_cut = faulthandler_text.parse(text)
+    if problem is None and not threads:
+        problem = "the signal was taken, and nothing was written: another handler has it"
+    if problem is None and threads_cut:
+        problem = f"faulthandler stops at 100; {len(proc.task_ids(pid))} kernel threads run"
+    return threads, problem
+
+
+def _who_takes(pid: int, signal: int, tids: list[int]) -> tuple[int | None, str | None]:
+    problem = "the thread has ended"
+    for tid in tids:
+        masks = proc.signal_masks(pid, tid)
+        if masks is None:
+            continue
+        state = proc.state(pid, tid)
+        if state == "D":
+            problem = "it is in an uninterruptible sleep (state D), where no signal arrives"
+        elif state in ("T", "t"):
+            problem = f"it is stopped (state {state}), where no signal arrives"
+        elif not proc.has(masks.caught, signal):
+            return None, "the program no longer catches the request's signal"
+        elif proc.has(masks.blocked, signal):
+            problem = "the thread masks the request's signal"
+        else:
+            return tid, None
+    return None, problem
+
+
+def _wait_for(asked: Asked, memfd: int, tid: int, signal: int) -> str | None:
+    # The handler runs with its own signal blocked: a signal that is neither pending nor
+    # blocked has been dealt with. Source: sigaction(2), without SA_NODEFER.
+    until = monotonic() + _ANSWER_WITHIN_S
+    pause = 0.0005
+    while monotonic() < until:
+        masks = proc.signal_masks(asked.identity.pid, tid)
+        if masks is None or asked.identity.is_dead():
+            return "the process died during the dump"
+        busy = masks.pending | masks.shared_pending | masks.blocked
+        if not proc.has(busy, signal):
+            return None
+        sleep(pause)
+        pause = min(pause * 2, 0.02)
+    return f"no complete answer within {_ANSWER_WITHIN_S:g} s"

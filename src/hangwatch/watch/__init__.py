@@ -1,0 +1,1 @@
+"""What the watcher does: admit workers, visit pages, judge, act, confirm."""

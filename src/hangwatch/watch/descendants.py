@@ -1,0 +1,55 @@
+"""The processes below a worker, found at the moment of the kill."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Set
+
+from hangwatch.watch.identity import Identity, read_stat
+
+
+def descendants_of(pid: int, spare: Set[int]) -> list[Identity]:
+    """Hold every descendant of `pid` by a pidfd.
+
+    Args:
+        pid: the worker.
+        spare: processes that are left alone, with all that is below them: watched workers
+            and our own processes.
+
+    Returns:
+        The descendants, parents first; their pidfds are the caller's to close.
+
+    Source: proc(5). The ppids of /proc/pid/stat, since /proc/pid/task/tid/children is
+    not on every kernel. Reading stat takes no lock that a stuck process could hold.
+    """
+    children = defaultdict(list)
+    starts = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            stat = read_stat(int(name))
+            if stat is not None:
+                children[stat.ppid].append(stat.pid)
+                starts[stat.pid] = stat.start_ticks
+    found = []
+    below = [pid]
+    for parent in below:
+        for child in children[parent]:
+            if child not in spare:
+                below.append(child)
+                held = _hold(child, starts[child])
+                if held is not None:
+                    found.append(held)
+    return found
+
+
+def _hold(pid: int, start_ticks: int) -> Identity | None:
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return None
+    now = read_stat(pid)
+    if now is None or now.start_ticks != start_ticks:
+        os.close(pidfd)
+        return None
+    return Identity(pid, -1, start_ticks, pidfd)

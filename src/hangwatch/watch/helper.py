@@ -1,0 +1,109 @@
+"""Work that may block, in a process of its own that the loop can kill."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+
+from hangwatch import linux
+
+_MOST_BYTES = 16 << 20
+
+
+class Helper:
+    """A forked child that does `work` and sends back bytes.
+
+    The watcher is single-threaded, so a fork of it is a whole, usable Python.
+
+    Args:
+        work: runs in the child; what it returns comes back as `result`.
+        keep: descriptors that the child needs; all others are closed there.
+
+    Attributes:
+        pipe: becomes readable when there is more to `read`.
+        result: what `work` returned, once `done`; None if it failed or was killed.
+        done: whether the child has ended its work or was killed.
+    """
+
+    def __init__(self, work: Callable[[], bytes], keep: Iterable[int] = ()) -> None:
+        self.pipe, write_end = os.pipe()
+        os.set_blocking(self.pipe, False)
+        self._parts: list[bytes] = []
+        self.result: bytes | None = None
+        self.done = False
+        sys.stderr.flush()
+        self._pid = os.fork()
+        if self._pid == 0:
+            _run(work, write_end, keep)
+        os.close(write_end)
+
+    def read(self) -> None:
+        """Take what the child has sent; never blocks."""
+        while not self.done:
+            try:
+                part = os.read(self.pipe, 1 << 18)
+            except BlockingIOError:
+                return
+            if part and sum(map(len, self._parts)) < _MOST_BYTES:
+                self._parts.append(part)
+                continue
+            whole = b"".join(self._parts)
+            # The last byte says that the work came to its end.
+            if not part and whole.endswith(b"\n"):
+                self.result = whole[:-1]
+            self.kill()
+
+    def kill(self) -> None:
+        """End the child, whatever it does, and let go of it."""
+        if self.done:
+            return
+        self.done = True
+        os.close(self.pipe)
+        # Not yet waited for, so the number is still its own.
+        os.kill(self._pid, signal.SIGKILL)
+        Helper._unreaped.add(self._pid)
+        Helper.reap()
+
+    _unreaped: set[int] = set()
+
+    @classmethod
+    def reap(cls) -> None:
+        """Wait for ended children without blocking; one in D state is tried again later."""
+        for pid in list(cls._unreaped):
+            try:
+                ended, _ = os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:
+                ended = pid
+            if ended:
+                cls._unreaped.discard(pid)
+
+
+def _run(work: Callable[[], bytes], write_end: int, keep: Iterable[int]) -> None:
+    status = 1
+    try:
+        gc.disable()
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        linux.name_process("hw-evidence")
+        _close_all_but({0, 1, 2, write_end, *keep})
+        data = work() + b"\n"
+        while data:
+            data = data[os.write(write_end, data) :]
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def _close_all_but(keep: set[int]) -> None:
+    low = 0
+    for descriptor in sorted(keep):
+        os.closerange(low, descriptor)
+        low = descriptor + 1
+    os.closerange(low, os.sysconf("SC_OPEN_MAX"))

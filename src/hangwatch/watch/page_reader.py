@@ -1,0 +1,142 @@
+"""A worker's page, read: whatever the worker wrote there, reading it is safe."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from dataclasses import dataclass
+from math import inf
+
+from hangwatch import page
+from hangwatch.errors import PageError
+
+
+@dataclass(frozen=True, slots=True)
+class Armed:
+    """A slot as one look found it: armed, as its `entry`, until `deadline` (CLOCK_MONOTONIC)."""
+
+    index: int
+    entry: float
+    deadline: float
+
+
+class PageReader:
+    """The watcher's mapping of a worker's page.
+
+    Args:
+        descriptor: the memfd that the worker sent; still the caller's afterwards.
+
+    Attributes:
+        inode: device and inode of the memfd, the page's identity.
+
+    Raises:
+        PageError: the memfd is not one that can be read safely: the worker's fault.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        self.inode = (status.st_dev, status.st_ino)
+        _check(descriptor, status)
+        try:
+            mapping = mmap.mmap(descriptor, page.PAGE_BYTES)
+        except (OSError, ValueError) as error:
+            raise PageError(f"the page can't be mapped ({error})") from None
+        self._mapping = mapping
+        self._memory = memoryview(mapping)
+        self._words = self._memory.cast("d")
+        problem = page.header_problem(self._memory)
+        if problem is not None:
+            self.close()
+            raise PageError(problem)
+
+    def close(self) -> None:
+        """Unmap the page."""
+        self._words.release()
+        self._memory.release()
+        self._mapping.close()
+
+    def promise(self, until: float) -> None:
+        """Tell the worker when its page will be looked at next; 0 asks for every ring."""
+        self._words[page.WATCH_UNTIL] = until
+
+    def entries(self) -> list[float]:
+        """Return the entry counter of every slot in use."""
+        return [
+            self._words[page.deadline_word(index) + page.ENTRY] for index in range(self._in_use())
+        ]
+
+    def limit(self, index: int) -> float:
+        """Return the limit of a slot in seconds; infinite if what stands there is none."""
+        limit: float = self._words[page.deadline_word(index) + page.LIMIT]
+        return limit if limit > 0 else inf
+
+    def armed(self) -> list[Armed]:
+        """Return every slot that is armed and whose enclosing blocks have not ended."""
+        words = self._words
+        found = []
+        for index in range(self._in_use()):
+            deadline = words[page.deadline_word(index)]
+            if deadline > 0.0:  # NaN and negative numbers arm nothing
+                slot = Armed(index, words[page.deadline_word(index) + page.ENTRY], deadline)
+                if self._enclosed_well(slot):
+                    found.append(slot)
+        return found
+
+    def is_still(self, slot: Armed) -> bool:
+        """Tell whether the block that `slot` saw has not ended, nor any block around it."""
+        return self._is_open(slot.index, slot.entry, slot.deadline) and self._enclosed_well(slot)
+
+    def details(self, slot: Armed) -> page.SlotDetails | None:
+        """Return what an armed slot says of its block; None if the block has ended."""
+        details = page.read_details(self._memory, slot.index)
+        return details if self._is_open(slot.index, slot.entry, slot.deadline) else None
+
+    def chain(self, slot: Armed) -> list[page.SlotDetails]:
+        """Return the details of a block and of the open blocks around it, innermost first."""
+        found = []
+        seen = set()
+        index: int | None = slot.index
+        while index is not None and index not in seen and index < page.CAPACITY:
+            seen.add(index)
+            details = page.read_details(self._memory, index)
+            found.append(details)
+            index = details.enclosing
+        return found
+
+    def _in_use(self) -> int:
+        in_use = self._words[page.SLOTS_IN_USE]
+        return int(in_use) if 0 <= in_use <= page.CAPACITY else page.CAPACITY
+
+    def _is_open(self, index: int, entry: float, deadline: float | None = None) -> bool:
+        at = page.deadline_word(index)
+        now_set = self._words[at]
+        right = now_set > 0.0 if deadline is None else now_set == deadline
+        return bool(right and self._words[at + page.ENTRY] == entry)
+
+    def _enclosed_well(self, slot: Armed) -> bool:
+        index = slot.index
+        for _ in range(page.CAPACITY):
+            outer, entry = page.read_enclosing(self._memory, index)
+            if outer is None:
+                return True
+            if not self._is_open(outer, entry):
+                return False
+            index = outer
+        return False
+
+
+def _check(descriptor: int, status: os.stat_result) -> None:
+    try:
+        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    except OSError:
+        raise PageError("the page is no memfd") from None
+    if seals != page.SEALS:
+        raise PageError(
+            f"the page has the seals {seals:#x} instead of SHRINK, GROW and SEAL ({page.SEALS:#x})"
+        )
+    if status.st_size != page.PAGE_BYTES:
+        raise PageError(f"the page has {status.st_size} bytes instead of {page.PAGE_BYTES}")
+    # A hole in a page of huge pages kills its reader when none is left: SIGBUS.
+    if status.st_blksize != mmap.PAGESIZE:
+        raise PageError(f"the page is made of huge pages ({status.st_blksize} bytes)")

@@ -1,0 +1,68 @@
+"""A visit: read a page once, say who is due and when to come again.
+
+This is the watcher's half of the protocol. The worker's half is `expires.__enter__`:
+store entry and deadline, then load watch_until, and ring unless
+``now < watch_until <= deadline``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+
+from hangwatch.watch.page_reader import Armed, PageReader
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """What one look at a page found.
+
+    Attributes:
+        due: armed slots whose deadline has passed, the longest overdue first.
+        entries: the entry counters, for the next visit to compare.
+        again: when to look again (CLOCK_MONOTONIC); infinite: when the worker rings.
+    """
+
+    due: list[Armed]
+    entries: list[float]
+    again: float
+
+
+def visit(
+    reader: PageReader,
+    fence: Callable[[], bool],
+    clock: Callable[[], float],
+    before: list[float],
+    judged: set[tuple[int, float]],
+) -> Visit:
+    """Visit a page and leave a promise there.
+
+    Args:
+        reader: the page.
+        fence: orders the store of 0 before the reads, on the worker's CPU too.
+        clock: CLOCK_MONOTONIC in seconds.
+        before: the entry counters of the visit before this one.
+        judged: (slot, entry) pairs that are not due a second time.
+
+    Returns:
+        What was found. The worker stays quiet until `again` unless a new deadline
+        comes before it.
+    """
+    reader.promise(0.0)
+    fence()
+    entries = reader.entries()
+    armed = reader.armed()
+    now = clock()
+    waiting = [slot for slot in armed if (slot.index, slot.entry) not in judged]
+    due = sorted((slot for slot in waiting if slot.deadline <= now), key=lambda s: s.deadline)
+    again = min((slot.deadline for slot in waiting if slot.deadline > now), default=inf)
+    # A slot in use that is unarmed just now will be armed again before long. Promising
+    # its next possible deadline keeps blocks shorter than our response from ringing.
+    busy = {slot.index for slot in armed}
+    for index, entry in enumerate(entries):
+        moved = index >= len(before) or entry != before[index]
+        if moved and index not in busy:
+            again = min(again, now + reader.limit(index))
+    reader.promise(again)
+    return Visit(due, entries, again)
