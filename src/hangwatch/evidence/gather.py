@@ -7,52 +7,24 @@ from time import monotonic, sleep
 from hangwatch.evidence import proc, stacks
 from hangwatch.evidence.model import Evidence, OtherWorker, Process
 
-_BETWEEN_READINGS_S = 0.02
 
-
-def gather(asked: stacks.Asked, doomed: bool, others: list[OtherWorker]) -> Evidence:
-    """Gather what can be had.
+def gather(asked: stacks.Asked, others: list[OtherWorker]) -> Evidence:
+    """Gather what can be had of a worker that is overdue.
 
     Args:
         asked: whose stacks, and how to get them.
-        doomed: whether the worker is about to be killed, so that dumping all threads
-            can do no harm any more.
         others: what the other workers were doing.
     """
     pid = asked.identity.pid
-    first = proc.readings(pid)
     began = monotonic()
-    still = False
-
-    def all_allowed() -> bool:
-        nonlocal still
-        if not doomed:
-            # Two readings of its own: the first ones are from before our own dump.
-            before = proc.readings(pid)
-            sleep(_BETWEEN_READINGS_S)
-            still = proc.stand_still(before, proc.readings(pid))
-        return doomed or still
-
-    threads, missing = stacks.collect(
-        stacks.Asked(
-            asked.identity,
-            asked.channel,
-            asked.inode,
-            asked.ident,
-            asked.native_id,
-            asked.names,
-            asked.is_overdue,
-            all_allowed,
-        )
-    )
-    sleep(max(0.0, began + _BETWEEN_READINGS_S - monotonic()))
+    first = proc.readings(pid)
+    threads, missing = stacks.collect(asked)
+    sleep(max(0.0, began + proc.BETWEEN_READINGS_S - monotonic()))
     second = proc.readings(pid)
     between = monotonic() - began
-    children = []
-    try:
-        children = proc.children(pid)
-    except Exception as error:
-        missing.append(f"children: {error}")
+    children, problem = proc.children(pid)
+    if problem is not None:
+        missing.append(f"children: {problem}")
     tasks = proc.tasks(pid, first, second)
     if not tasks:
         missing.append("process: it is gone, or /proc does not show it")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from time import sleep
 
 from hangwatch.evidence.model import Child, Task
 from hangwatch.watch.identity import parse_stat, read_stat
+
+BETWEEN_READINGS_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +64,18 @@ def readings(pid: int) -> dict[int, Reading]:
     return found
 
 
-def stand_still(before: dict[int, Reading], after: dict[int, Reading]) -> bool:
-    """Tell whether no thread gained CPU time or was switched between two readings."""
-    return bool(before) and before.keys() == after.keys() and all(
-        (before[tid].cpu_s, before[tid].switches) == (after[tid].cpu_s, after[tid].switches)
-        for tid in before
+def stands_still(pid: int) -> bool:
+    """Tell whether, for 20 ms, no thread of a process gains CPU time or is switched."""
+    before = readings(pid)
+    sleep(BETWEEN_READINGS_S)
+    after = readings(pid)
+    return (
+        bool(before)
+        and before.keys() == after.keys()
+        and all(
+            (before[tid].cpu_s, before[tid].switches) == (after[tid].cpu_s, after[tid].switches)
+            for tid in before
+        )
     )
 
 
@@ -115,26 +125,28 @@ def tasks(pid: int, before: dict[int, Reading], after: dict[int, Reading]) -> li
     return described
 
 
-def children(pid: int) -> list[Child]:
+def children(pid: int) -> tuple[list[Child], str | None]:
     """Describe every descendant of a process.
 
-    Raises:
-        psutil.Error: the process has gone, or the kernel won't say.
+    Returns:
+        The descendants, and why there may be more.
     """
     import psutil
 
     found = []
-    for child in psutil.Process(pid).children(recursive=True):
-        stat = read_stat(child.pid)
-        if stat is None:
-            continue
-        try:
-            command = child.cmdline()
-        except psutil.Error:
-            command = []
-        words = [word[:256] for word in command[:32]]
-        found.append(Child(child.pid, stat.ppid, stat.comm, stat.state, words))
-    return found
+    try:
+        for child in psutil.Process(pid).children(recursive=True):
+            stat = read_stat(child.pid)
+            if stat is not None:
+                words = [word[:256] for word in _command_of(child.pid)[:32]]
+                found.append(Child(child.pid, stat.ppid, stat.comm, stat.state, words))
+    except psutil.Error as error:
+        return found, str(error)
+    return found, None
+
+
+def _command_of(pid: int) -> list[str]:
+    return (_read(f"/proc/{pid}/cmdline") or "").rstrip("\0").split("\0")
 
 
 def start_time(start_ticks: int) -> float | None:

@@ -35,7 +35,8 @@ class Asked:
             kernel id.
         names: names of threads by ident, as far as they are known.
         is_overdue: a fresh look whether the block has not ended.
-        all_allowed: whether all threads may be dumped now.
+        doomed: whether the worker is about to be killed, so that dumping all its threads
+            can do no harm any more.
     """
 
     identity: Identity
@@ -45,7 +46,7 @@ class Asked:
     native_id: int
     names: dict[int, str]
     is_overdue: Callable[[], bool]
-    all_allowed: Callable[[], bool]
+    doomed: bool
 
 
 def collect(asked: Asked) -> tuple[list[ThreadStack], list[str]]:
@@ -60,7 +61,7 @@ def collect(asked: Asked) -> tuple[list[ThreadStack], list[str]]:
     own, problem = _dump(asked, channel.own, [asked.native_id])
     missing = [] if problem is None else [f"the block's own stack: {problem}"]
     everyone: list[faulthandler_text.Dumped] = []
-    if not asked.all_allowed():
+    if not asked.doomed and not proc.stands_still(asked.identity.pid):
         missing.append("the other threads: the process is at work, and dumping it is not safe")
     else:
         tids = [asked.native_id, *proc.task_ids(asked.identity.pid)]

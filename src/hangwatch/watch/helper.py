@@ -22,6 +22,7 @@ class Helper:
     Args:
         work: runs in the child; what it returns comes back as `result`.
         keep: descriptors that the child needs; all others are closed there.
+        before_close: called with the pipe before it is closed.
 
     Attributes:
         pipe: becomes readable when there is more to `read`.
@@ -29,8 +30,14 @@ class Helper:
         done: whether the child has ended its work or was killed.
     """
 
-    def __init__(self, work: Callable[[], bytes], keep: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        work: Callable[[], bytes],
+        keep: Iterable[int] = (),
+        before_close: Callable[[int], None] = lambda pipe: None,
+    ) -> None:
         self.pipe, write_end = os.pipe()
+        self._before_close = before_close
         os.set_blocking(self.pipe, False)
         self._parts: list[bytes] = []
         self.result: bytes | None = None
@@ -62,6 +69,7 @@ class Helper:
         if self.done:
             return
         self.done = True
+        self._before_close(self.pipe)
         os.close(self.pipe)
         # Not yet waited for, so the number is still its own.
         os.kill(self._pid, signal.SIGKILL)
@@ -104,6 +112,7 @@ def _run(work: Callable[[], bytes], write_end: int, keep: Iterable[int]) -> None
 def _close_all_but(keep: set[int]) -> None:
     low = 0
     for descriptor in sorted(keep):
-        os.closerange(low, descriptor)
+        if low < descriptor:  # an empty range that ends at 0 would mean every descriptor
+            os.closerange(low, descriptor)
         low = descriptor + 1
     os.closerange(low, os.sysconf("SC_OPEN_MAX"))

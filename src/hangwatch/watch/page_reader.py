@@ -104,6 +104,11 @@ class PageReader:
             index = details.enclosing
         return found
 
+    def thread_names(self) -> dict[int, str]:
+        """Return the names of the threads that have slots, by `threading.get_ident()`."""
+        all_details = (page.read_details(self._memory, i) for i in range(self._in_use()))
+        return {details.ident: details.thread_name for details in all_details}
+
     def _in_use(self) -> int:
         in_use = self._words[page.SLOTS_IN_USE]
         return int(in_use) if 0 <= in_use <= page.CAPACITY else page.CAPACITY

@@ -1,0 +1,1 @@
+"""How a watcher process is launched, found, and kept: `hangwatch serve`."""

@@ -1,0 +1,105 @@
+"""Where a watcher listens."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import stat
+
+from hangwatch.errors import AddressError
+
+LONGEST = 107  # unix(7): sun_path is 108 bytes, the last one NUL
+
+
+def default_directory() -> str:
+    """Return this user's folder for sockets; it may not exist yet."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return f"{runtime}/hangwatch" if runtime else f"/tmp/hangwatch-{os.geteuid()}"
+
+
+def default_address() -> str:
+    """Return where `hangwatch serve` listens if nothing else is said."""
+    return f"{default_directory()}/watcher.sock"
+
+
+def private_address() -> str:
+    """Return an address that no other watcher has."""
+    return f"{default_directory()}/{os.getpid()}-{secrets.token_hex(4)}.sock"
+
+
+def listen(path: str) -> socket.socket:
+    """Listen at `path`, which this user alone may connect to.
+
+    The folder is made with mode 0700 if it is missing; the socket has mode 0600. What a
+    dead watcher left at `path` is replaced.
+
+    Raises:
+        AddressError: the path is too long, its folder is somebody else's or open to
+            others, something that is no socket is there, or another watcher listens.
+    """
+    path = os.path.abspath(path)
+    if len(os.fsencode(path)) > LONGEST:
+        raise AddressError(
+            f"{path} has more than {LONGEST} bytes, too long for a socket: "
+            "give a shorter --address, or set XDG_RUNTIME_DIR to a shorter folder"
+        )
+    try:
+        _check_folder(os.path.dirname(path))
+        _remove_dead(path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            umask = os.umask(0o177)
+            try:
+                listener.bind(path)
+            finally:
+                os.umask(umask)
+            listener.listen(4096)
+        except BaseException:
+            listener.close()
+            raise
+    except AddressError:
+        raise
+    except OSError as error:
+        raise AddressError(
+            f"can't listen at {path} ({error.strerror}): give another --address"
+        ) from None
+    return listener
+
+
+def _check_folder(folder: str) -> None:
+    with contextlib.suppress(FileExistsError):
+        os.makedirs(folder, mode=0o700)
+    status = os.lstat(folder)
+    if not stat.S_ISDIR(status.st_mode):
+        raise AddressError(f"{folder} is no folder: give another --address")
+    if status.st_uid != os.geteuid():
+        raise AddressError(
+            f"{folder} belongs to user {status.st_uid}, who could put a false watcher there: "
+            "give an --address in a folder of your own"
+        )
+    if status.st_mode & 0o077:
+        raise AddressError(
+            f"{folder} is open to other users (mode {stat.S_IMODE(status.st_mode):o}): "
+            "chmod 700 it, or give an --address in a folder that is closed to them"
+        )
+
+
+def _remove_dead(path: str) -> None:
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(status.st_mode):
+        raise AddressError(f"{path} exists and is no socket: give another --address")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except OSError:
+            pass
+    raise AddressError(f"another watcher listens at {path}: use it, or give another --address")

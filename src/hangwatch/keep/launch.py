@@ -1,0 +1,124 @@
+"""Launch a watcher process and tie its life to ours."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from hangwatch.errors import LaunchError
+from hangwatch.keep import address
+from hangwatch.watch.settings import OnExpiry
+
+_READY_WITHIN = 15.0
+REPORT_DIR = "hangwatch-reports"
+
+
+class WatcherProcess:
+    """A `hangwatch serve` of our own, at an address that only our children know.
+
+    Args:
+        report_dir: the report folder; None keeps no reports.
+        on_expiry: what happens to a worker whose block overran.
+        grace: seconds between SIGTERM and SIGKILL.
+        tree: whether a worker's descendants are killed with it.
+        at: where it listens; by default at an address of its own.
+
+    Raises:
+        LaunchError: it did not become ready: its message says why.
+    """
+
+    def __init__(
+        self,
+        report_dir: str | os.PathLike[str] | None = REPORT_DIR,
+        on_expiry: OnExpiry | str = OnExpiry.REAP,
+        grace: float = 0.0,
+        tree: bool = True,
+        at: str | None = None,
+    ) -> None:
+        self.address = os.path.abspath(at or address.private_address())
+        arguments = ["--address", self.address, "--on-expiry", OnExpiry(on_expiry).value]
+        arguments += ["--grace", repr(float(grace)), "--tree" if tree else "--no-tree"]
+        if report_dir is not None:
+            arguments += ["--report-dir", os.path.abspath(report_dir)]
+        lifeline, self._lifeline = os.pipe()
+        with tempfile.TemporaryDirectory(prefix="hangwatch-") as folder:
+            ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            try:
+                ready.bind(f"{folder}/ready")
+                self._process = subprocess.Popen(
+                    [
+                        *(sys.executable, "-P", "-m", "hangwatch", "serve", *arguments),
+                        *("--lifeline", str(lifeline)),
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    env=_environment(f"{folder}/ready"),
+                    pass_fds=[lifeline],
+                    process_group=0,
+                )
+                os.close(lifeline)
+                self._wait_ready(ready)
+            except OSError as error:
+                os.close(lifeline)
+                os.close(self._lifeline)
+                raise LaunchError(f"the watcher can't be started ({error})") from None
+            finally:
+                ready.close()
+
+    @property
+    def pid(self) -> int:
+        """The watcher's process id."""
+        return self._process.pid
+
+    def ended(self) -> int | None:
+        """Return the watcher's exit status if it has ended, else None."""
+        return self._process.poll()
+
+    def stop(self) -> None:
+        """End the watcher; returns when every report is complete."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            # A watcher that somebody stopped can't see the signal; SIGCONT harms no other.
+            self._process.send_signal(signal.SIGCONT)
+        self._process.wait()
+        self._close()
+
+    def _close(self) -> None:
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+
+    def _wait_ready(self, ready: socket.socket) -> None:
+        ready.settimeout(0.05)
+        waited = 0.0
+        while waited < _READY_WITHIN:
+            try:
+                if b"READY=1" in ready.recv(4096):
+                    return
+            except TimeoutError:
+                waited += 0.05
+            status = self._process.poll()
+            if status is not None:
+                self._close()
+                raise LaunchError(f"the watcher ended with status {status} before it was ready")
+        self._process.kill()
+        self._process.wait()
+        self._close()
+        raise LaunchError(f"the watcher was not ready within {_READY_WITHIN:g} s")
+
+
+def _environment(notify: str) -> dict[str, str]:
+    environment = dict(os.environ)
+    environment["NOTIFY_SOCKET"] = notify
+    for name in ("HANGWATCH_ADDRESS", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS"):
+        environment.pop(name, None)
+    # The watcher must be this very hangwatch, wherever this program found it.
+    found_in = str(Path(__file__).parents[2])
+    paths = [found_in, *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return environment

@@ -1,0 +1,112 @@
+"""Admit a newcomer: who it is, what it sent, whether that is safe to map."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import socket
+from dataclasses import dataclass
+from time import monotonic
+
+from hangwatch import wire
+from hangwatch.errors import PageError, ProtocolError
+from hangwatch.watch.identity import Identity, identify
+from hangwatch.watch.page_reader import PageReader
+from hangwatch.watch.watched import Watched
+
+HELLO_WITHIN = 2.0
+_CLOCKS_APART = 10.0
+
+
+@dataclass(eq=False, slots=True)
+class Newcomer:
+    """A connection that has not said hello yet; it must by `until`."""
+
+    connection: socket.socket
+    until: float
+
+
+def admit(connection: socket.socket, allowed_uids: frozenset[int]) -> Watched:
+    """Read a newcomer's hello and take it in.
+
+    Args:
+        connection: its socket, readable.
+        allowed_uids: who may be watched.
+
+    Returns:
+        The worker; it has not been told yet that it is welcome.
+
+    Raises:
+        ProtocolError: it is not a worker that can be watched, and why. Its socket is
+            still open, nothing else of it is.
+        BlockingIOError: nothing is there to read after all.
+    """
+    identity = identify(connection)
+    try:
+        if identity.uid not in allowed_uids:
+            raise ProtocolError(
+                f"the watcher serves user {', '.join(map(str, sorted(allowed_uids)))}, "
+                f"this is user {identity.uid}"
+            )
+        message, descriptors = _receive(connection)
+        try:
+            hello = wire.decode_hello(message)
+            return _take_in(connection, identity, hello, descriptors)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+    except BaseException:
+        os.close(identity.pidfd)
+        raise
+
+
+def refuse(connection: socket.socket, reason: str) -> None:
+    """Tell a newcomer why it isn't welcome, and hang up."""
+    with contextlib.suppress(OSError):
+        connection.send(wire.encode_reply(reason), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    connection.close()
+
+
+def _take_in(
+    connection: socket.socket, identity: Identity, hello: wire.Hello, descriptors: list[int]
+) -> Watched:
+    apart = monotonic() - hello.monotonic
+    if not -1.0 < apart < _CLOCKS_APART:
+        raise ProtocolError(
+            f"its clock differs by {abs(apart):.0f} s: is it in another time namespace?"
+        )
+    if len(descriptors) != (1 if hello.stacks is None else 2):
+        raise ProtocolError(f"it sent {len(descriptors)} descriptors, not what its hello says")
+    inode = (0, 0)
+    if hello.stacks is not None:
+        status = os.fstat(descriptors[1])
+        inode = (status.st_dev, status.st_ino)
+    try:
+        reader = PageReader(descriptors[0])
+    except PageError as error:
+        raise ProtocolError(str(error)) from None
+    return Watched(connection, identity, hello, reader, inode)
+
+
+def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
+    room = socket.CMSG_SPACE(wire.MAX_DESCRIPTORS * array.array("i").itemsize)
+    message, ancillary, flags, _ = connection.recvmsg(
+        wire.MAX_BYTES, room, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+    )
+    descriptors = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+    problem = None
+    if flags & socket.MSG_CTRUNC:
+        problem = f"it sent more than {wire.MAX_DESCRIPTORS} descriptors, or none were left for them"
+    elif flags & socket.MSG_TRUNC:
+        problem = f"its hello is longer than {wire.MAX_BYTES} bytes"
+    elif not message:
+        problem = "it hung up before its hello"
+    if problem is not None:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise ProtocolError(problem)
+    return message, list(descriptors)

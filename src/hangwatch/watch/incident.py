@@ -1,0 +1,276 @@
+"""One incident, from the verdict to the report: settle, gather, act, confirm, publish.
+
+The course is a generator: it yields the time at which it wants to go on, and the loop
+resumes it then, or earlier if something happened. It looks at the world anew each time
+and never waits by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from math import inf
+from time import monotonic
+from typing import Protocol
+
+from hangwatch.evidence.gather import gather
+from hangwatch.evidence.model import Action, Case, Evidence, OtherWorker, Outcome, Report
+from hangwatch.evidence.publish import publish
+from hangwatch.evidence.stacks import Asked
+from hangwatch.watch.descendants import descendants_of
+from hangwatch.watch.helper import Helper
+from hangwatch.watch.identity import Identity
+from hangwatch.watch.page_reader import Armed
+from hangwatch.watch.settings import OnExpiry, Settings
+from hangwatch.watch.watched import Watched
+
+EVIDENCE_WITHIN = 2.0
+MOST_GATHERING = 4
+_PUBLISH_WITHIN = 10.0
+_DEAD_WITHIN = 5.0
+_LONGEST_BACK_OFF = 60.0
+
+Course = Generator[float, None, None]
+
+
+class Surroundings(Protocol):
+    """What an incident needs of the watcher around it."""
+
+    settings: Settings
+
+    def look(self, worker: Watched, slot: Armed) -> bool:
+        """Tell whether the block has still not ended."""
+
+    def start_helper(self, work: Callable[[], bytes], keep: list[int]) -> Helper:
+        """Run work in a process of its own."""
+
+    def gathering(self) -> int:
+        """Count the incidents whose evidence is being gathered."""
+
+    def paused(self) -> bool:
+        """Tell whether watching is paused."""
+
+    def spared(self, worker: Watched) -> set[int]:
+        """Return the processes that no kill of this worker may reach."""
+
+    def others(self, worker: Watched) -> list[OtherWorker]:
+        """Say what the other workers are doing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A block that overran: whose, which, when it was found (CLOCK_MONOTONIC), what is known."""
+
+    worker: Watched
+    slot: Armed
+    at: float
+    case: Case
+    names: dict[int, str]
+
+
+class Incident:
+    """An incident under way.
+
+    Args:
+        verdict: what started it.
+        around: the watcher.
+        settle: seconds that the block gets before anything happens.
+
+    Attributes:
+        wake: when the course wants to go on at the latest (CLOCK_MONOTONIC).
+        over: whether the course has come to its end.
+        told: whether the report is out; only a process that can't be killed keeps the
+            course going after that.
+        gathering: whether evidence is being gathered.
+    """
+
+    def __init__(self, verdict: Verdict, around: Surroundings, settle: float) -> None:
+        self.verdict = verdict
+        self.wake = 0.0
+        self.over = False
+        self.told = False
+        self.gathering = False
+        self._around = around
+        self._settle = settle
+        self._evidence: bytes | None = None
+        self._problems: list[str] = []
+        self._actions: list[Action] = []
+        self._signalled = False
+        self._tree: dict[int, Identity] = {}
+        self._course = self._run()
+
+    def resume(self) -> None:
+        """Go on until the next wait."""
+        try:
+            self.wake = next(self._course)
+        except StopIteration:
+            self.wake = inf
+            self.over = True
+
+    def _run(self) -> Course:
+        worker = self.verdict.worker
+        worker.busy = True
+        try:
+            yield from self._wait_to_settle()
+            if self._overdue():
+                yield from self._gather()
+            outcome = yield from self._act()
+            yield from self._tell(outcome)
+            if outcome is Outcome.UNKILLABLE:
+                yield from self._insist()
+        finally:
+            worker.busy = False
+            for held in self._tree.values():
+                os.close(held.pidfd)
+
+    def _wait_to_settle(self) -> Course:
+        settle = self._settle
+        while self._around.paused() and self._overdue():
+            settle = min(self.verdict.case.scope.limit_s, 1.0)
+            yield monotonic() + 0.1
+        until = monotonic() + settle
+        while monotonic() < until and self._overdue():
+            yield min(until, monotonic() + 0.02)
+
+    def _overdue(self) -> bool:
+        worker, slot = self.verdict.worker, self.verdict.slot
+        return (
+            not worker.left
+            and not worker.identity.is_dead()
+            and self._around.look(worker, slot)
+        )
+
+    def _gather(self) -> Course:
+        until = monotonic() + EVIDENCE_WITHIN
+        while self._around.gathering() >= MOST_GATHERING and monotonic() < until:
+            yield until
+        verdict, worker = self.verdict, self.verdict.worker
+        asked = Asked(
+            identity=worker.identity,
+            channel=worker.hello.stacks,
+            inode=worker.stacks_inode,
+            ident=verdict.case.scope.thread.id,
+            native_id=verdict.case.scope.thread.native_id,
+            names=verdict.names,
+            is_overdue=lambda: worker.reader.is_still(verdict.slot),
+            doomed=self._around.settings.on_expiry is OnExpiry.REAP,
+        )
+        if monotonic() >= until:
+            self._problems.append("evidence: too many incidents at once")
+            return
+        helper = self._around.start_helper(
+            lambda: pickle.dumps(gather(asked, self._around.others(worker))),
+            [worker.identity.pidfd],
+        )
+        self.gathering = True
+        while not helper.done and monotonic() < until:
+            yield until
+        self.gathering = False
+        if not helper.done:
+            self._problems.append(f"evidence: not complete within {EVIDENCE_WITHIN:g} s")
+            helper.kill()
+        elif helper.result is None:
+            self._problems.append("evidence: gathering it failed")
+        self._evidence = helper.result
+
+    def _act(self) -> Generator[float, None, Outcome]:
+        settings = self._around.settings
+        if settings.on_expiry is OnExpiry.REPORT:
+            return self._nothing_to_do() or Outcome.REPORTED
+        outcome = None
+        if settings.grace > 0:
+            outcome = yield from self._step(signal.SIGTERM, settings.grace)
+        if outcome is None:
+            outcome = yield from self._step(signal.SIGKILL, _DEAD_WITHIN)
+        if outcome is Outcome.REAPED:
+            yield from self._end_tree()
+        return outcome or Outcome.UNKILLABLE
+
+    def _nothing_to_do(self) -> Outcome | None:
+        """Look before a step: what makes it needless or unsafe, or None."""
+        worker = self.verdict.worker
+        if worker.identity.is_dead():
+            self._note("look", "it is dead")
+            return Outcome.REAPED if self._signalled else Outcome.GONE
+        ours = worker.is_ours(self.verdict.case.scope.thread.native_id)
+        if ours is False or worker.left:
+            self._note("look", "it is another program now, or has let go of its page")
+            return Outcome.GONE
+        if not self._around.look(worker, self.verdict.slot):
+            self._note("look", "the block has ended")
+            return Outcome.RECOVERED
+        if ours is None:
+            self._note("look", "the kernel won't say whether it is still the same program")
+            return Outcome.REPORTED
+        return None
+
+    def _step(self, number: signal.Signals, within: float) -> Generator[float, None, Outcome | None]:
+        worker = self.verdict.worker
+        if self._around.settings.tree:
+            self._find_tree()
+        outcome = self._nothing_to_do()
+        if outcome is not None:
+            return outcome
+        self._note(number.name, worker.identity.send(number))
+        self._signalled = True
+        until = monotonic() + within
+        while not worker.identity.is_dead():
+            if monotonic() >= until:
+                return None
+            if number is not signal.SIGKILL and not self._around.look(worker, self.verdict.slot):
+                return self._nothing_to_do()
+            yield min(until, monotonic() + 0.05)
+        self._note("confirm", "it is dead")
+        return Outcome.REAPED
+
+    def _find_tree(self) -> None:
+        worker = self.verdict.worker
+        for found in descendants_of(worker.identity.pid, self._around.spared(worker)):
+            if found.pid in self._tree and not self._tree[found.pid].is_dead():
+                os.close(found.pidfd)
+            else:
+                self._tree[found.pid] = found
+
+    def _end_tree(self) -> Course:
+        spared = self._around.spared(self.verdict.worker)
+        ending = [held for held in self._tree.values() if held.pid not in spared]
+        results = {held.pid: held.send(signal.SIGKILL) for held in ending}
+        until = monotonic() + 1.0
+        while monotonic() < until and not all(held.is_dead() for held in ending):
+            yield monotonic() + 0.005
+        for held in ending:
+            dead = "it is dead" if held.is_dead() else "it is not dead yet"
+            self._note(f"SIGKILL to descendant {held.pid}", f"{results[held.pid]}; {dead}")
+
+    def _note(self, action: str, result: str) -> None:
+        self._actions.append(Action(action, round(monotonic() - self.verdict.at, 6), result))
+
+    def _tell(self, outcome: Outcome) -> Course:
+        case, encoded, problems = self.verdict.case, self._evidence, list(self._problems)
+        actions, directory = list(self._actions), self._around.settings.report_dir
+
+        def work() -> bytes:
+            # The bytes are our own helper's, passed on through our own memory.
+            evidence = Evidence() if encoded is None else pickle.loads(encoded)
+            evidence.missing.extend(problems)
+            publish(Report(outcome, case, evidence, actions), directory)
+            return b""
+
+        helper = self._around.start_helper(work, [])
+        until = monotonic() + _PUBLISH_WITHIN
+        while not helper.done and monotonic() < until:
+            yield until
+        helper.kill()
+        self.told = True
+
+    def _insist(self) -> Course:
+        back_off = _DEAD_WITHIN
+        identity = self.verdict.worker.identity
+        while not identity.is_dead():
+            yield monotonic() + back_off
+            identity.send(signal.SIGKILL)
+            back_off = min(back_off * 2, _LONGEST_BACK_OFF)
+        yield from self._end_tree()
