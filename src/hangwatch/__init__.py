@@ -10,7 +10,11 @@ from hangwatch.errors import (
     ProtocolError,
     WatcherUnavailableError,
 )
-from hangwatch.shared_memory_timer import SharedMemoryTimerClient
+from hangwatch.shared_memory_timer import (
+    SharedMemoryTimerClient,
+    SharedMemoryTimerServer,
+    serve,
+)
 
 __all__ = [
     "AddressError",
@@ -20,10 +24,12 @@ __all__ = [
     "PageError",
     "ProtocolError",
     "SharedMemoryTimerClient",
+    "SharedMemoryTimerServer",
     "TimerClient",
     "WatcherUnavailableError",
     "configure",
     "expires",
+    "serve",
 ]
 
 __version__ = "0.1.0"

@@ -157,11 +157,10 @@ class _ContractBlock:
             import logging
 
             logging.getLogger("hangwatch").warning(
-                "hangwatch: release(%r) failed after the block had failed", self.scope, exc_info=True
+                "hangwatch: release(%r) failed after the block had failed",
+                self.scope,
+                exc_info=True,
             )
-
-
-_Road = Slot | _ByHand | _ContractBlock
 
 
 class expires:  # noqa: N801 - the contract's name
@@ -230,12 +229,8 @@ class expires:  # noqa: N801 - the contract's name
                 return slot.exit
         except (KeyError, TypeError):
             pass
-        road: _Road
-        if isinstance(self._key, _ByHand):
-            road = self._key
-        else:
-            road = self._choose(self._key)
-        self._slot = road
+        key = self._key
+        self._slot = road = key if isinstance(key, _ByHand) else self._choose(key)
         return road.exit
 
     if TYPE_CHECKING:
@@ -296,7 +291,8 @@ class expires:  # noqa: N801 - the contract's name
                     by_hand.exits.remove(left)
                     if not by_hand.exits:
                         self._key = by_hand.key
-                    return left[1](*exc_info)
+                    left[1](*exc_info)
+                    return
         raise HangwatchError(
             "this thread leaves a block that it has not entered: pair __exit__ with __enter__"
         )
@@ -340,9 +336,9 @@ def _checked_limit(after: object) -> float:
 
 def _checked_scope(key: Hashable, code: CodeType | None, named_client: bool) -> str:
     if named_client:
-        _, key = key  # type: ignore[misc]
+        key = key[1]  # type: ignore[index]
     if code is not None:
-        _, instruction = key  # type: ignore[misc]
+        instruction: int = key[1]  # type: ignore[index]
         return f"{code.co_filename}#{_line(code, instruction)}"
     if not isinstance(key, str):
         raise TypeError(f"scope must be a string or None, not {type(key).__name__}")

@@ -80,9 +80,7 @@ def _reap(command: int, watcher: int) -> int | None:
     while True:
         # A look first: the watcher's own end is for its Popen to see.
         try:
-            news = os.waitid(
-                os.P_ALL, 0, os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT
-            )
+            news = os.waitid(os.P_ALL, 0, os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
             return None
         if news is None:

@@ -32,7 +32,9 @@ def publish(report: Report, directory: str | None) -> None:
         try:
             place = _keep(report, Path(directory))
         except OSError as error:
-            problem = f"report: can't be written to {directory} ({error.strerror}); all of it is here\n"
+            problem = (
+                f"report: can't be written to {directory} ({error.strerror}); all of it is here\n"
+            )
     text = writing.to_text(report, _MOST_THREADS_IN_LOG if place is not None else None)
     _log.warning("%s", text + (problem if place is None else f"report:  {place}\n"))
 

@@ -68,7 +68,7 @@ def collect(asked: Asked) -> tuple[list[ThreadStack], list[str]]:
         everyone, problem = _dump(asked, channel.all, tids)
         if problem is not None:
             missing.append(f"the other threads: {problem}")
-    if own and own[0].cut or any(thread.cut for thread in everyone):
+    if (own and own[0].cut) or any(thread.cut for thread in everyone):
         missing.append("frames: faulthandler stops at 100 in a thread")
     return _merge(asked, own, everyone), missing
 

@@ -15,7 +15,6 @@ from hangwatch.keep import address
 from hangwatch.watch.settings import OnExpiry
 
 _READY_WITHIN = 15.0
-REPORT_DIR = "hangwatch-reports"
 
 
 class WatcherProcess:
@@ -34,7 +33,7 @@ class WatcherProcess:
 
     def __init__(
         self,
-        report_dir: str | os.PathLike[str] | None = REPORT_DIR,
+        report_dir: str | os.PathLike[str] | None = None,
         on_expiry: OnExpiry | str = OnExpiry.REAP,
         grace: float = 0.0,
         tree: bool = True,

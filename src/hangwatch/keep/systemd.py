@@ -5,6 +5,7 @@ Source: sd_listen_fds(3), sd_notify(3), sd_watchdog_enabled(3).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import MutableMapping
@@ -64,7 +65,6 @@ class Notifier:
     def tell(self, *news: str) -> None:
         """Send lines such as ``READY=1``; never blocks, never fails."""
         if self._socket is not None:
-            try:
+            # A launcher that has gone is no reason to stop watching.
+            with contextlib.suppress(OSError):
                 self._socket.sendto("\n".join(news).encode(), self._address)
-            except OSError:  # a launcher that has gone is no reason to stop watching
-                pass

@@ -100,7 +100,9 @@ def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
             descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
     problem = None
     if flags & socket.MSG_CTRUNC:
-        problem = f"it sent more than {wire.MAX_DESCRIPTORS} descriptors, or none were left for them"
+        problem = (
+            f"it sent more than {wire.MAX_DESCRIPTORS} descriptors, or none were left for them"
+        )
     elif flags & socket.MSG_TRUNC:
         problem = f"its hello is longer than {wire.MAX_BYTES} bytes"
     elif not message:

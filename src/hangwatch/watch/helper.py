@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 from hangwatch import linux
 
@@ -76,7 +77,7 @@ class Helper:
         Helper._unreaped.add(self._pid)
         Helper.reap()
 
-    _unreaped: set[int] = set()
+    _unreaped: ClassVar[set[int]] = set()
 
     @classmethod
     def reap(cls) -> None:

@@ -137,11 +137,7 @@ class Incident:
 
     def _overdue(self) -> bool:
         worker, slot = self.verdict.worker, self.verdict.slot
-        return (
-            not worker.left
-            and not worker.identity.is_dead()
-            and self._around.look(worker, slot)
-        )
+        return not worker.left and not worker.identity.is_dead() and self._around.look(worker, slot)
 
     def _gather(self) -> Course:
         until = monotonic() + EVIDENCE_WITHIN
@@ -207,7 +203,9 @@ class Incident:
             return Outcome.REPORTED
         return None
 
-    def _step(self, number: signal.Signals, within: float) -> Generator[float, None, Outcome | None]:
+    def _step(
+        self, number: signal.Signals, within: float
+    ) -> Generator[float, None, Outcome | None]:
         worker = self.verdict.worker
         if self._around.settings.tree:
             self._find_tree()

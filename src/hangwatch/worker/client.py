@@ -53,7 +53,7 @@ class WorkerClient:
     def choose(
         self, key: Hashable, after: object, limit: float, scope: str, code: object = None
     ) -> Slot:
-        """Claim a slot for a block; see `PageWriter.choose`. Never raises for the watcher's sake."""
+        """Claim a slot for a block, see `PageWriter.choose`; never fails for want of a watcher."""
         if self.address == OFF:
             return VOID_SLOT
         try:

@@ -106,12 +106,12 @@ class Slot:
         The watcher passes over a block whose enclosing block has ended: whatever an
         exception, or a generator that nobody finishes, left armed goes with it.
         """
-        slot: Slot | None = self
-        while slot is not None:
-            if not slot.is_open(entry):
-                return False
-            slot, entry = slot.enclosing, slot.enclosing_entry
-        return True
+        slot = self
+        while slot.is_open(entry):
+            if slot.enclosing is None:
+                return True
+            entry, slot = slot.enclosing_entry, slot.enclosing
+        return False
 
     def nest(self, block: object) -> Slot:
         """Note which open block of this thread, or asyncio task, is around this one."""
