@@ -118,8 +118,11 @@ class Slot:
         thread = self.thread
         task = _current_task()
         stack = thread.stack_of(task)
-        while stack and not stack[-1][0].is_watched(stack[-1][1]):
-            stack.pop()
+        for depth, (slot, entry) in enumerate(stack):
+            if not slot.is_open(entry):
+                # What stands above was left behind inside of it.
+                del stack[depth:]
+                break
         outer, entry = stack[-1] if stack else (None, 0.0)
         if outer is not self.enclosing or entry != self.enclosing_entry:
             self.enclosing, self.enclosing_entry = outer, entry

@@ -1,0 +1,70 @@
+# Every target sets up what it needs, in virtual environments beside this file.
+PYTHON ?= python3
+# pip options that choose where torch comes from, for example
+# TORCH_INDEX='--index-url URL'
+TORCH_INDEX ?=
+# How often `make zoo` meets each program.
+N ?= 1
+
+VENV := .venv
+CHECK := .venv-check
+INTEROP := .venv-interop
+
+.PHONY: help demo test check interop zoo bench-arm clean
+
+help:
+	@echo "make demo       watch four workers until one hangs"
+	@echo "make test       run the tests (no torch)"
+	@echo "make check      ruff and mypy"
+	@echo "make interop    what needs torch 2.13.0: a torchrun job that hangs and goes on"
+	@echo "make zoo N=20   meet every program of the hang zoo N times, print the lateness"
+	@echo "make bench-arm  what a block costs"
+
+# A machine without the venv module, or with an older Python, gets one clear sentence.
+define python_is_usable
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "hangwatch needs Python 3.11 or newer: name one with 'make $@ PYTHON=/path/to/python3.11'." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+		|| { echo "$(PYTHON) has no venv module: install it (Debian: apt-get install python3-venv) and try again." >&2; exit 1; }
+endef
+
+define environment
+	$(python_is_usable)
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	@echo "installing into $(1) ..."
+	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2)
+	@touch $@
+endef
+
+$(VENV)/ready: pyproject.toml
+	$(call environment,$(VENV),--editable '.[test]')
+
+$(CHECK)/ready: pyproject.toml
+	$(call environment,$(CHECK),--editable '.[test,check]')
+
+$(INTEROP)/ready: pyproject.toml
+	$(call environment,$(INTEROP),$(TORCH_INDEX) torch==2.13.0 numpy)
+	@$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' scikit-learn
+
+demo: $(VENV)/ready
+	$(VENV)/bin/hangwatch demo
+
+test: $(VENV)/ready
+	$(VENV)/bin/python -m pytest -m "not interop"
+
+check: $(CHECK)/ready
+	$(CHECK)/bin/ruff check .
+	$(CHECK)/bin/ruff format --check .
+	$(CHECK)/bin/mypy
+
+interop: $(INTEROP)/ready
+	$(INTEROP)/bin/python -m pytest -m interop -n 0 tests/interop
+
+zoo: $(VENV)/ready
+	PYTHONPATH=tests $(VENV)/bin/python -m zoo $(N)
+
+bench-arm: $(VENV)/ready
+	$(VENV)/bin/python benchmarks/arm.py
+
+clean:
+	rm -rf $(VENV) $(CHECK) $(INTEROP) dist build

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+from support.watchers import RunningWatcher
+
+import hangwatch
+from hangwatch import api
+
+
+class StartWatcher(Protocol):
+    def __call__(self, **options: Any) -> RunningWatcher: ...
+
+
+@contextmanager
+def _watchers() -> Iterator[StartWatcher]:
+    running = []
+    with tempfile.TemporaryDirectory(prefix="hw-test-") as folder:
+
+        def start(**options: Any) -> RunningWatcher:
+            place = Path(folder) / str(len(running))
+            place.mkdir(mode=0o700)
+            options.setdefault("report_dir", place / "reports")
+            server = hangwatch.SharedMemoryTimerServer(place / "sock", **options)
+            server.start()
+            running.append(server)
+            return RunningWatcher(server, Path(options["report_dir"]))
+
+        try:
+            yield start
+        finally:
+            for server in running:
+                server.stop()
+
+
+@pytest.fixture
+def start_watcher() -> Iterator[StartWatcher]:
+    """Start watchers of one's own; they end with the test."""
+    with _watchers() as start:
+        yield start
+
+
+@pytest.fixture(scope="session")
+def watcher() -> Iterator[RunningWatcher]:
+    """One watcher that many tests share."""
+    with _watchers() as start:
+        yield start()
+
+
+@pytest.fixture(autouse=True)
+def no_address(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Leave no test the address, the client or the slots of another."""
+    monkeypatch.delenv("HANGWATCH_ADDRESS", raising=False)
+    yield
+    api._Configured.client = None
+    api._Configured.by_environment = True
+    api.forget_slots()

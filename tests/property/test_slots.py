@@ -1,0 +1,240 @@
+"""A block that is open is armed, in a slot of its own, under its own name."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+import sys
+import threading
+from collections.abc import Generator, Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.pages import QuietClient, quiet_page
+
+import hangwatch
+from hangwatch import page
+
+
+@pytest.fixture
+def client() -> Iterator[QuietClient]:
+    with quiet_page() as client:
+        yield client
+
+
+def test_blocks_of_all_kinds_are_independent(client: QuietClient) -> None:
+    with hangwatch.expires(60, "a"):
+        with hangwatch.expires(60, "b"), hangwatch.expires(60, "a"):
+            assert client.armed() == {"a": 2, "b": 1}
+        assert client.armed() == {"a": 1}
+    assert client.armed() == {}
+
+
+def test_recursion_is_independent_and_not_quadratic(client: QuietClient) -> None:
+    def descend(depth: int) -> None:
+        if depth:
+            with hangwatch.expires(60, "recursive"):
+                descend(depth - 1)
+        else:
+            assert client.armed() == {"recursive": 300}
+
+    for _ in range(3):
+        descend(300)
+    assert client.armed() == {}
+    assert client.page.words[page.SLOTS_IN_USE] <= 310
+
+
+def test_one_object_may_be_entered_again_and_again(client: QuietClient) -> None:
+    limit = hangwatch.expires(60, "limit")
+    for _ in range(3):
+        with limit:
+            with limit, limit:
+                assert client.armed() == {"limit": 3}
+            assert client.armed() == {"limit": 1}
+        assert client.armed() == {}
+
+
+def test_one_object_may_be_entered_by_many_threads(client: QuietClient) -> None:
+    limit = hangwatch.expires(60, "limit")
+    inside, leave = threading.Barrier(5), threading.Barrier(5)
+
+    def run() -> None:
+        with limit:
+            inside.wait()
+            leave.wait()
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    inside.wait()
+    assert client.armed() == {"limit": 4}
+    leave.wait()
+    for thread in threads:
+        thread.join()
+    assert client.armed() == {}
+
+
+def test_exit_stack_and_calls_by_hand(client: QuietClient) -> None:
+    limit = hangwatch.expires(60, "by hand")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(limit)
+        stack.enter_context(limit)
+        stack.enter_context(hangwatch.expires(60, "other"))
+        assert client.armed() == {"by hand": 2, "other": 1}
+    assert client.armed() == {}
+    limit.__enter__()
+    with limit:
+        assert client.armed() == {"by hand": 2}
+    assert client.armed() == {"by hand": 1}
+    limit.__exit__(None, None, None)
+    assert client.armed() == {}
+    with pytest.raises(hangwatch.HangwatchError, match="not entered"):
+        type(limit).__exit__(limit, None, None, None)
+
+
+def test_what_is_left_inside_of_an_ended_block_is_not_watched(client: QuietClient) -> None:
+    def abandoned() -> Generator[None, None, None]:
+        with hangwatch.expires(60, "abandoned"):
+            yield
+
+    kept = []
+    for _ in range(200):
+        with hangwatch.expires(60, "outer"):
+            kept.append(abandoned())
+            next(kept[-1])
+            left = hangwatch.expires(60, "never left")
+            left.__enter__()
+            kept.append(left)  # type: ignore[arg-type]
+            assert client.armed() == {"outer": 1, "abandoned": 1, "never left": 1}
+        assert client.armed() == {}
+    assert client.page.words[page.SLOTS_IN_USE] < 250, "what is left behind is used again"
+
+
+def test_a_thread_that_ends_gives_its_slots_back(client: QuietClient) -> None:
+    def run() -> None:
+        hangwatch.expires(60, "never left").__enter__()
+
+    for _ in range(50):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    assert client.armed() == {}
+    assert client.page.words[page.SLOTS_IN_USE] <= 8
+
+
+def test_a_million_scopes_take_few_slots_and_little_memory(client: QuietClient) -> None:
+    def run(first: int, last: int) -> None:
+        for number in range(first, last):
+            with hangwatch.expires(60, f"batch {number}"):
+                pass
+
+    run(0, 2000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # The entries' generations wrap at 2**20 in each slot: begin shortly before.
+    for index in range(int(client.page.words[page.SLOTS_IN_USE])):
+        client.page.words[page.deadline_word(index) + page.ENTRY] = (2.0**20 - 100) * 2.0**32
+    run(2000, 102_000)
+    assert client.page.words[page.SLOTS_IN_USE] <= 16
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8192
+    with hangwatch.expires(60, "after all"):
+        assert client.armed() == {"after all": 1}
+
+
+def test_at_the_cap_a_block_runs_unwatched_with_one_warning(
+    client: QuietClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with contextlib.ExitStack() as stack:
+        for number in range(page.CAPACITY + 50):
+            stack.enter_context(hangwatch.expires(60, f"block {number % 50}"))
+        assert sum(client.armed().values()) == page.CAPACITY
+    assert client.armed() == {}
+    assert len([record for record in caplog.records if "unwatched" in record.message]) == 1
+
+
+def test_slots_change_hands_at_the_cap_and_none_is_lost(
+    client: QuietClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More threads than slots, each with scopes of its own, few of them open at once."""
+    monkeypatch.setattr(page, "CAPACITY", 12)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    problems: list[str] = []
+    unwatched = 0
+    start = threading.Barrier(8)
+
+    def run(number: int) -> None:
+        nonlocal unwatched
+        start.wait()
+        for turn in range(1500):
+            scope = f"{number}.{turn % 5}"
+            block = hangwatch.expires(60, scope)
+            exit_block = block.__exit__
+            slot = block._slot
+            block.__enter__()
+            words = slot.words
+            for _ in range(3):
+                if slot.limit != 60:
+                    unwatched += 1
+                elif (
+                    words[slot.deadline_at] == 0.0
+                    or page.read_details(client.page.memory, slot.index).scope != scope
+                ):
+                    problems.append(scope)
+            exit_block(None, None, None)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(8)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert problems == []
+    assert client.page.words[page.SLOTS_IN_USE] == 12
+    assert unwatched < 8 * 1500
+
+
+def test_tasks_on_one_line_are_independent(client: QuietClient) -> None:
+    seen = []
+
+    async def work(number: int) -> None:
+        for _ in range(5):
+            with hangwatch.expires(60, "task"):
+                await asyncio.sleep(0.001 * (number % 7))
+                if number == 7:
+                    seen.append(client.armed()["task"])
+                with hangwatch.expires(60, "inner"):
+                    await asyncio.sleep(0)
+
+    async def main() -> None:
+        with hangwatch.expires(60, "before"):
+            tasks = [asyncio.create_task(work(number)) for number in range(60)]
+            await asyncio.sleep(0.0001)
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+            reader = client.reader()
+            words = client.page.words
+            stored = sum(
+                words[page.deadline_word(index)] > 0
+                for index in range(int(words[page.SLOTS_IN_USE]))
+            )
+            assert len(reader.armed()) == stored, "a task's end orphaned another task's block"
+            reader.close()
+        await asyncio.gather(*tasks)
+
+    with hangwatch.expires(60, "sync"):
+        asyncio.run(main())
+    assert max(seen) > 1
+    assert client.armed() == {}
+
+
+@given(st.text(min_size=1, max_size=400))
+def test_any_scope_can_be_written_and_read(scope: str) -> None:
+    with quiet_page() as client, hangwatch.expires(60, scope):
+        (name,) = client.armed()
+        cut = name.endswith("…") and len(scope.encode("utf-8", "backslashreplace")) > 160
+        whole = scope.encode("utf-8", "backslashreplace").split(b"\0")[0].decode()
+        assert (cut and whole.startswith(name[:-1])) or name == whole

@@ -1,0 +1,108 @@
+"""Asynchronous exceptions in the middle of everything leave no slot armed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+STORM = """
+import ctypes, os, random, signal, sys, threading, time
+sys.path[:0] = {path!r}
+import hangwatch
+from hangwatch.watch.page_reader import PageReader
+from support.pages import quiet_page
+
+kind, blocks = sys.argv[1], int(sys.argv[2])
+rng = random.Random(7)
+
+class Storm(BaseException): pass
+
+def nested(depth):
+    if depth == 0:
+        return
+    with hangwatch.expires(60):
+        nested(depth - 1)
+        with hangwatch.expires(60, scope="named"):
+            pass
+
+def once(reused):
+    with hangwatch.expires(60, scope="outer"):
+        nested(rng.randrange(3))
+        with reused, reused:
+            pass
+
+raging = False
+
+def strike_by_signal(*_):
+    if raging:
+        raise KeyboardInterrupt
+
+def strike_from_thread(ident):
+    exception = ctypes.py_object(Storm)
+    while True:
+        time.sleep(rng.uniform(1e-5, 6e-4))
+        if raging:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), exception)
+
+def calm_down():
+    global raging
+    while True:
+        try:
+            raging = False
+            time.sleep(0.0005)
+            for _ in range(100):
+                pass
+            return
+        except (KeyboardInterrupt, Storm):
+            pass
+
+if kind == "signal":
+    signal.signal(signal.SIGALRM, strike_by_signal)
+    signal.setitimer(signal.ITIMER_REAL, 3e-4, 3.7e-4)
+else:
+    threading.Thread(
+        target=strike_from_thread, args=(threading.get_ident(),), daemon=True
+    ).start()
+
+with quiet_page() as client:
+    reader = client.reader()
+    reused = hangwatch.expires(60, scope="reused")
+    done = hits = 0
+    while done < blocks:
+        try:
+            raging = True
+            while done < blocks:
+                once(reused)
+                done += 6
+            calm_down()
+        except (KeyboardInterrupt, Storm):
+            raging = False
+            while True:
+                try:
+                    calm_down()
+                    break
+                except (KeyboardInterrupt, Storm):
+                    pass
+            hits += 1
+            left = reader.armed()
+            assert not left, (left, [reader.details(slot) for slot in left])
+    calm_down()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert hits > 100, hits
+    assert reader.armed() == []
+    print(hits)
+"""
+
+
+@pytest.mark.parametrize("kind", ["signal", "thread"])
+def test_storm_of_exceptions_leaves_no_slot_armed(kind: str) -> None:
+    path = [entry for entry in sys.path if entry.endswith("tests")]
+    result = subprocess.run(
+        [sys.executable, "-c", STORM.format(path=path), kind, "100000"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]

@@ -1,0 +1,1 @@
+"""What the tests share: real watchers, real workers, and waiting without sleeping."""

@@ -1,0 +1,56 @@
+"""This process's own page, seen as its watcher would see it, with no watcher around."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hangwatch import api, page
+from hangwatch.watch.page_reader import PageReader
+from hangwatch.worker.client import ADDRESS_VARIABLE, WorkerClient, client_at
+
+
+class QuietClient(WorkerClient):
+    """A client that never connects; its page promises a look in the far future."""
+
+    def ring(self) -> None:
+        pass
+
+    def reader(self) -> PageReader:
+        """Return this process's page as the watcher reads it."""
+        return PageReader(self.page.descriptor)
+
+    def armed(self) -> dict[str, int]:
+        """Return how many watched blocks each scope has open."""
+        with_reader = self.reader()
+        scopes: dict[str, int] = {}
+        for slot in with_reader.armed():
+            details = with_reader.details(slot)
+            assert details is not None
+            scopes[details.scope] = scopes.get(details.scope, 0) + 1
+        with_reader.close()
+        return scopes
+
+
+@contextmanager
+def quiet_page() -> Iterator[QuietClient]:
+    """Make the environment name a client whose page nobody watches, and yield it."""
+    address = f"/nowhere/{os.getpid()}/{time.monotonic_ns()}"
+    client = QuietClient(address)
+    client.page.words[page.WATCH_UNTIL] = time.monotonic() + 1e6
+    before = os.environ.get(ADDRESS_VARIABLE)
+    os.environ[ADDRESS_VARIABLE] = address
+    original = api.client_at
+    api.client_at = lambda wanted: client if wanted == address else client_at(wanted)  # type: ignore[assignment]
+    api.forget_slots()
+    try:
+        yield client
+    finally:
+        api.client_at = original
+        api.forget_slots()
+        if before is None:
+            del os.environ[ADDRESS_VARIABLE]
+        else:
+            os.environ[ADDRESS_VARIABLE] = before

@@ -1,0 +1,70 @@
+"""A real `hangwatch serve` process and the reports that it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hangwatch import SharedMemoryTimerServer
+
+PATIENCE = 20.0
+"""How long a test waits for what must come: long, since the machine may be busy."""
+
+
+def wait_until(true: Callable[[], object], what: str, within: float = PATIENCE) -> None:
+    """Wait until `true()`; fail, naming `what`, if it isn't within `within` seconds."""
+    until = time.monotonic() + within
+    while not true():
+        if time.monotonic() > until:
+            raise AssertionError(f"not within {within} s: {what}")
+        time.sleep(0.005)
+
+
+@dataclass
+class RunningWatcher:
+    """A watcher under test."""
+
+    server: SharedMemoryTimerServer
+    report_dir: Path
+
+    @property
+    def address(self) -> str:
+        assert self.server.address is not None
+        return self.server.address
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """Return the environment of a worker of this watcher."""
+        return {**os.environ, "HANGWATCH_ADDRESS": self.address, **more}
+
+    def python(self, *arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
+        """Start a Python worker; its output is a pipe of text."""
+        options.setdefault("env", self.environment())
+        options.setdefault("stdout", subprocess.PIPE)
+        return subprocess.Popen([sys.executable, *map(str, arguments)], text=True, **options)
+
+    def reports(self) -> list[dict[str, Any]]:
+        """Return every report so far, the oldest first."""
+        paths = sorted(self.report_dir.glob("[!.]*/report.json"))
+        return [json.loads(path.read_text()) for path in paths]
+
+    def report(self, **wanted: object) -> dict[str, Any]:
+        """Wait for a report whose worker or scope fields are `wanted`."""
+        found: list[dict[str, Any]] = []
+
+        def look() -> bool:
+            found[:] = [
+                report
+                for report in self.reports()
+                if all({**report["scope"], **report["worker"]}[k] == v for k, v in wanted.items())
+            ]
+            return bool(found)
+
+        wait_until(look, f"a report with {wanted}")
+        return found[0]

@@ -1,0 +1,22 @@
+"""A hang in a multiprocessing child, started by forkserver."""
+
+import multiprocessing
+import time
+
+import hangwatch
+
+
+def stuck_here() -> None:
+    time.sleep(1000)
+
+
+def run() -> None:
+    with hangwatch.expires(after=0.4, scope="mp forkserver"):
+        stuck_here()
+
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("forkserver").Process(target=run)
+    process.start()
+    process.join()
+    raise SystemExit(process.exitcode != -9)
