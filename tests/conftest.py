@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
-from support.watchers import RunningWatcher
 
 import hangwatch
 from hangwatch import api
+from support.watchers import RunningWatcher
 
 
 class StartWatcher(Protocol):

@@ -65,21 +65,26 @@ class Hello:
 
 
 def encode_hello(hello: Hello) -> bytes:
-    """Encode a hello, its texts cut to what fits into `MAX_BYTES`."""
+    """Encode a hello; of a long command line, only as much as fits into `MAX_BYTES`."""
     stacks = hello.stacks
     labels = dict(list(hello.labels.items())[:_MAX_LABELS])
-    return json.dumps(
-        {
-            "hangwatch": VERSION,
-            "page_fd": hello.page_fd,
-            "monotonic": hello.monotonic,
-            "fenced": hello.fenced,
-            "labels": {key[:_MAX_TEXT]: value[:_MAX_TEXT] for key, value in labels.items()},
-            "command": [word[:_MAX_TEXT] for word in hello.command[:_MAX_ARGUMENTS]],
-            "python": hello.python,
-            "stacks": stacks and {"fd": stacks.fd, "own": stacks.own, "all": stacks.all},
-        }
-    ).encode("ascii")
+    command = [word[:_MAX_TEXT] for word in hello.command[:_MAX_ARGUMENTS]]
+    while True:
+        message = json.dumps(
+            {
+                "hangwatch": VERSION,
+                "page_fd": hello.page_fd,
+                "monotonic": hello.monotonic,
+                "fenced": hello.fenced,
+                "labels": {key[:_MAX_TEXT]: value[:_MAX_TEXT] for key, value in labels.items()},
+                "command": command,
+                "python": hello.python,
+                "stacks": stacks and {"fd": stacks.fd, "own": stacks.own, "all": stacks.all},
+            }
+        ).encode("ascii")
+        if len(message) <= MAX_BYTES or not command:
+            return message
+        command.pop()
 
 
 def decode_hello(message: bytes) -> Hello:

@@ -12,10 +12,10 @@ from collections.abc import Generator, Iterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.pages import QuietClient, quiet_page
 
 import hangwatch
 from hangwatch import page
+from support.pages import QuietClient, quiet_page
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from support.watchers import RunningWatcher
-from zoo.zoo import ANIMALS, meet
 
 import hangwatch
+from support.watchers import RunningWatcher
+from zoo.zoo import ANIMALS, meet
 
 
 def main(rounds: int) -> None:

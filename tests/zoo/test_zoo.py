@@ -4,6 +4,7 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
+
 from support.watchers import RunningWatcher
 from zoo.zoo import ANIMALS, Animal, meet
 

@@ -29,11 +29,16 @@ def headline(report: Report) -> str:
     scope = report.case.scope
     last = f"{report.actions[-1].at_s * 1000:.0f} ms after the verdict" if report.actions else ""
     ending = _ENDINGS[report.outcome].format(last=last).replace("  ", " ").replace(" ;", ";")
-    return (
+    return shown(
         f"{who(report)} overran {scope.name!r}: {scope.inside_s:.3f} s inside, "
         f"limit {scope.limit_s:g} s, thread {scope.thread.name or scope.thread.native_id}; "
         f"{ending.strip()}"
     )
+
+
+def shown(text: str) -> str:
+    """Escape what would not print, or would steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def stack_lines(thread: ThreadStack) -> list[str]:
@@ -91,7 +96,7 @@ def to_text(report: Report, most_threads: int | None = None) -> str:
         for action in report.actions
     ]
     lines += [f"missing: {reason}" for reason in report.evidence.missing]
-    return "\n".join(lines) + "\n"
+    return "\n".join(map(shown, lines)) + "\n"
 
 
 def to_json(report: Report) -> str:

@@ -74,14 +74,29 @@ class PageReader:
     def armed(self) -> list[Armed]:
         """Return every slot that is armed and whose enclosing blocks have not ended."""
         words = self._words
-        found = []
+        found = {}
         for index in range(self._in_use()):
             deadline = words[page.deadline_word(index)]
             if deadline > 0.0:  # NaN and negative numbers arm nothing
-                slot = Armed(index, words[page.deadline_word(index) + page.ENTRY], deadline)
-                if self._enclosed_well(slot):
-                    found.append(slot)
-        return found
+                entry = words[page.deadline_word(index) + page.ENTRY]
+                found[index] = Armed(index, entry, deadline)
+        # A chain is walked once, however many blocks stand in it, even if it bites its tail.
+        watched: dict[int, bool] = {}
+        for index in found:
+            path = []
+            at: int | None = index
+            well = True
+            while at is not None and at not in watched:
+                watched[at] = False  # what leads back to itself encloses nothing
+                path.append(at)
+                at, entry = page.read_enclosing(self._memory, at)
+                if at is not None and (at not in found or found[at].entry != entry):
+                    well = False
+                    break
+            else:
+                well = at is None or watched[at]
+            watched.update(dict.fromkeys(path, well))
+        return [slot for index, slot in found.items() if watched[index]]
 
     def is_still(self, slot: Armed) -> bool:
         """Tell whether the block that `slot` saw has not ended, nor any block around it."""

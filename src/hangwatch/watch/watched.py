@@ -5,13 +5,40 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from hangwatch.watch.identity import Identity
-from hangwatch.watch.page_reader import Armed, PageReader
+from hangwatch.watch.page_reader import PageReader
 from hangwatch.wire import Hello
 
-# Visits a second that one page may ask for; who rings more often is served more slowly.
-VISITS_A_SECOND = 500
+
+@dataclass(slots=True)
+class Budget:
+    """How much of the watcher's time one page may take; who asks for more is served later.
+
+    Attributes:
+        credit: seconds of CPU that may be spent now.
+    """
+
+    credit: float = 0.05
+    _filled_at: float = 0.0
+
+    SHARE: ClassVar[float] = 0.1
+    MOST: ClassVar[float] = 0.05
+
+    def allows(self, now: float) -> bool:
+        """Tell whether a visit may be made at `now` (CLOCK_MONOTONIC)."""
+        self.credit = min(self.MOST, self.credit + (now - self._filled_at) * self.SHARE)
+        self._filled_at = now
+        return self.credit > 0
+
+    def spend(self, seconds: float) -> None:
+        """Take what a visit cost."""
+        self.credit -= seconds
+
+    def again_after(self) -> float:
+        """Return in how many seconds there is credit again."""
+        return 0.001 - self.credit / self.SHARE
 
 
 @dataclass(eq=False, slots=True)
@@ -27,6 +54,10 @@ class Watched:
         entries: the entry counters at the last visit.
         judged: (slot, entry) pairs that an incident has dealt with.
         busy: whether an incident is under way; one at a time a worker.
+        left: whether the watch has ended; an incident may still hold it.
+        next_visit: when its page is looked at next (CLOCK_MONOTONIC).
+        muted: whether its rings are not heard, its budget being used up.
+        budget: how much of the watcher's time it may take.
     """
 
     connection: socket.socket
@@ -40,8 +71,7 @@ class Watched:
     left: bool = False
     next_visit: float = 0.0
     muted: bool = False
-    _second: float = 0.0
-    _visits: int = 0
+    budget: Budget = field(default_factory=Budget)
 
     def is_ours(self, native_id: int) -> bool | None:
         """Tell whether the process still is the program that sent its page; None: unknown."""
@@ -50,21 +80,6 @@ class Watched:
     def forget_ended(self) -> None:
         """Forget the judged blocks that have ended."""
         self.judged &= {(slot.index, slot.entry) for slot in self.reader.armed()}
-
-    def may_visit(self, now: float) -> bool:
-        """Count a visit; False if this page has used up its visits of this second."""
-        if now - self._second >= 1.0:
-            self._second, self._visits = now, 0
-        self._visits += 1
-        return self._visits <= VISITS_A_SECOND
-
-    def budget_again(self) -> float:
-        """Return when this page may be visited again after its budget ran out."""
-        return self._second + 1.0
-
-    def is_overdue(self, slot: Armed) -> bool:
-        """Look whether the block of a verdict has still not ended."""
-        return self.reader.is_still(slot)
 
     def close(self) -> None:
         """Let go of everything."""

@@ -39,6 +39,8 @@ _TICK = 1.0
 # Being this late means that we, and perhaps the workers too, did not run.
 _OVERSLEPT = 1.0
 _MOST_RINGS_READ = 64
+# What a turn of the loop costs besides the visit, roughly, in seconds of CPU.
+_WAKING_COSTS = 30e-6
 
 
 class Watcher:
@@ -218,6 +220,7 @@ class Watcher:
     # -- visiting
 
     def _rung(self, worker: Watched) -> None:
+        began = time.thread_time()
         for _ in range(_MOST_RINGS_READ):
             try:
                 ring = worker.connection.recv(len(RING) + 1, socket.MSG_DONTWAIT)
@@ -229,6 +232,7 @@ class Watcher:
                 self._drop(worker)
                 return
         self._visit(worker)
+        worker.budget.spend(time.thread_time() - began + _WAKING_COSTS)
 
     def _visit_due(self) -> None:
         now = monotonic()
@@ -238,15 +242,17 @@ class Watcher:
                 if worker.muted:
                     worker.muted = False
                     self._epoll.modify(worker.connection.fileno(), select.EPOLLIN)
+                began = time.thread_time()
                 self._visit(worker)
+                worker.budget.spend(time.thread_time() - began + _WAKING_COSTS)
 
     def _visit(self, worker: Watched) -> None:
         now = monotonic()
-        if not worker.may_visit(now):
+        if not worker.budget.allows(now):
             # Not even its rings are heard until then.
             worker.muted = True
             self._epoll.modify(worker.connection.fileno(), 0)
-            self._schedule(worker, worker.budget_again())
+            self._schedule(worker, now + worker.budget.again_after())
             return
         found = visit(worker.reader, linux.fence, monotonic, worker.entries, worker.judged)
         worker.entries = found.entries

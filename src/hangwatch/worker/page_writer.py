@@ -292,13 +292,10 @@ class PageWriter:
                     return slot
             slot = thread.unused(key)
             if slot is None or slot.key != key or slot.after != after:
-                index = self._free_index() if slot is None else slot.index
-                if index is None:
+                slot = self._move_in(thread, slot, key, after, limit, scope, code)
+                if slot is None:
                     self._on_full()
                     return VOID_SLOT
-                if slot is not None:
-                    slot.after = _TAKEN
-                slot = self._move_in(thread, index, key, after, limit, scope, code)
             thread.keep(slot)
 
     def make_private(self) -> None:
@@ -312,33 +309,49 @@ class PageWriter:
     def _move_in(
         self,
         thread: ThreadSlots,
-        index: int,
+        before: Slot | None,
         key: Hashable,
         after: object,
         limit: float,
         scope: str,
         code: object,
-    ) -> Slot:
-        slot = Slot(thread, index, self.memory, self._ring, key, after, limit, code)
-        # The new generation goes first: who reads the rest in between sees it change.
-        self.words[slot.entry_at] = slot.entry
-        details = page.SlotDetails(
-            limit=limit,
-            ident=thread.ident,
-            native_id=thread.native_id,
-            flags=0,
-            signal=0,
-            enclosing=None,
-            enclosing_entry=0.0,
-            thread_name=thread.name,
-            scope=scope,
-        )
-        page.write_details(self.memory, index, details, keep_end=code is not None)
-        self._slots[index] = slot
-        # No calls: two threads may come here with neighbouring indices.
-        if self.words[page.SLOTS_IN_USE] <= index:
-            self.words[page.SLOTS_IN_USE] = index + 1.0
-        return slot
+    ) -> Slot | None:
+        """Give a scope the place that another of this thread had, or a free one."""
+        slot = index = None
+        try:
+            if before is None:
+                index = self._free_index()
+                if index is None:
+                    return None
+            else:
+                index = before.index
+                before.after = _TAKEN
+            slot = Slot(thread, index, self.memory, self._ring, key, after, limit, code)
+            # The new generation goes first: who reads the rest in between sees it change.
+            self.words[slot.entry_at] = slot.entry
+            details = page.SlotDetails(
+                limit=limit,
+                ident=thread.ident,
+                native_id=thread.native_id,
+                flags=0,
+                signal=0,
+                enclosing=None,
+                enclosing_entry=0.0,
+                thread_name=thread.name,
+                scope=scope,
+            )
+            page.write_details(self.memory, index, details, keep_end=code is not None)
+            self._slots[index] = slot
+            # No calls: two threads may come here with neighbouring indices.
+            if self.words[page.SLOTS_IN_USE] <= index:
+                self.words[page.SLOTS_IN_USE] = index + 1.0
+            return slot
+        except BaseException:
+            if slot is not None:
+                slot.after = _TAKEN
+            if index is not None:
+                self.freed.append(index)
+            raise
 
     def _free_index(self) -> int | None:
         try:
@@ -348,12 +361,8 @@ class PageWriter:
         index = next(self._next_index)
         if index < page.CAPACITY:
             return index
-        for index in range(page.CAPACITY):
-            slot = self._slots.get(index)
-            if slot is None:
-                # An exception came between giving this index out and using it.
-                return index
-            if _GIL:
+        if _GIL:
+            for slot in list(self._slots.values()):
                 # No calls: an unarmed slot that no block has claimed changes hands.
                 if (
                     slot.after is not _TAKEN
@@ -361,7 +370,7 @@ class PageWriter:
                     and slot.words[slot.entry_at] == slot.entry
                 ):
                     slot.after = _TAKEN
-                    return index
+                    return slot.index
         return None
 
 

@@ -1,0 +1,45 @@
+"""A pid namespace of its own for what aims signals at others: nobody else can be hit."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+
+import pytest
+
+_UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+
+
+@functools.cache
+def _prefix() -> list[str] | None:
+    for more in ([], ["--user", "--map-root-user"]):
+        command = [*_UNSHARE, *more]
+        try:
+            subprocess.run([*command, "true"], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        return command
+    return None
+
+
+def run_alone(script: str, *arguments: str) -> str:
+    """Run a Python script in a pid namespace of its own; return what it printed.
+
+    The script finds the tests' `support` package, and fails the test by its traceback.
+    """
+    prefix = _prefix()
+    if prefix is None:
+        pytest.skip("no pid namespaces: neither root nor user namespaces")
+    path = [entry for entry in sys.path if entry.endswith("tests")]
+    program = f"import sys; sys.path[:0] = {path!r}\n{script}"
+    result = subprocess.run(
+        [*prefix, sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONWARNINGS": "default"},
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout

@@ -1,0 +1,65 @@
+"""A worker made by hand, to say what a real one never would."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from typing import Any
+
+from hangwatch import page, wire
+
+
+def memfd(
+    size: int = page.PAGE_BYTES,
+    seals: int = page.SEALS,
+    header: bytes | None = None,
+    flags: int = 0,
+) -> int:
+    """Create a page's memfd, or something like it."""
+    good = page.create_memfd()
+    if header is None:
+        header = os.pread(good, page.HEADER_BYTES, 0)
+    os.close(good)
+    descriptor = os.memfd_create("raw", os.MFD_ALLOW_SEALING | flags)
+    os.ftruncate(descriptor, size)
+    if not flags:
+        os.pwrite(descriptor, header, 0)
+    if seals:
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    return descriptor
+
+
+def hello(**changes: Any) -> bytes:
+    """Return a good hello with some fields changed."""
+    fields: dict[str, Any] = {
+        "hangwatch": wire.VERSION,
+        "page_fd": 3,
+        "monotonic": time.monotonic(),
+        "fenced": True,
+        "labels": {},
+        "command": ["raw"],
+        "python": "3.11",
+        "stacks": None,
+    }
+    return json.dumps({**fields, **changes}).encode()
+
+
+def connect(address: str) -> socket.socket:
+    """Connect to a watcher, and say nothing yet."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.settimeout(20)
+    connection.connect(address)
+    return connection
+
+
+def answer(address: str, message: bytes, descriptors: list[int]) -> str | None:
+    """Say a hello; return None if it was welcome, else why it was refused."""
+    with connect(address) as connection:
+        if descriptors:
+            socket.send_fds(connection, [message], descriptors)
+        else:
+            connection.send(message)
+        return wire.decode_reply(connection.recv(wire.MAX_BYTES))

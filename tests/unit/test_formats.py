@@ -1,0 +1,254 @@
+"""The formats: page, handshake, faulthandler's text, /proc, reports."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hangwatch import page, wire
+from hangwatch.errors import ProtocolError
+from hangwatch.evidence import faulthandler_text, proc, publish, report
+from hangwatch.evidence.model import (
+    Action,
+    Case,
+    Evidence,
+    Frame,
+    Outcome,
+    Report,
+    Scope,
+    ScopeThread,
+    ThreadStack,
+    Worker,
+)
+from hangwatch.watch.identity import parse_stat, read_stat
+from hangwatch.worker.labels import labels_from
+
+
+@given(st.text(), st.integers(4, 200), st.booleans())
+def test_cut_never_exceeds_its_room_nor_breaks_a_character(
+    text: str, room: int, keep_end: bool
+) -> None:
+    encoded = page.cut(text, room, keep_end=keep_end)
+    assert len(encoded) <= room
+    encoded.decode()
+
+
+def test_details_survive_the_page() -> None:
+    memory = memoryview(bytearray(page.PAGE_BYTES))
+    details = page.SlotDetails(1.5, 7, 8, 3, 15, None, 0.0, "loader", "all_reduce")
+    page.write_details(memory, 5, details, keep_end=False)
+    assert page.read_details(memory, 5) == details
+    page.write_enclosing(memory, 5, 2, 9.0)
+    assert page.read_enclosing(memory, 5) == (2, 9.0)
+    assert page.read_details(memory, 5).enclosing == 2
+
+
+def test_an_entry_counts_within_its_generation() -> None:
+    entry = page.next_generation(0.0)
+    assert page.times_entered(entry + 3) == 3
+    assert page.next_generation(entry + 3) > entry + 3
+    assert page.next_generation((2.0**20 - 1) * 2.0**32 + 5) == 0.0
+
+
+@given(st.binary(max_size=300))
+def test_a_hello_of_any_bytes_is_read_or_refused(message: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        wire.decode_hello(message)
+
+
+HELLO = wire.Hello(3, 1.0, True, {"rank": "2"}, ["python", "x.py"], "3.11", None)
+
+
+def test_a_hello_survives_the_wire() -> None:
+    with_stacks = wire.Hello(
+        **{
+            **{k: getattr(HELLO, k) for k in HELLO.__slots__},
+            "stacks": wire.StackChannel(4, 62, 61),
+        }
+    )
+    for hello in (HELLO, with_stacks):
+        assert wire.decode_hello(wire.encode_hello(hello)) == hello
+
+
+def test_a_hello_with_a_huge_command_line_still_fits() -> None:
+    hello = wire.Hello(3, 1.0, True, {}, ["ä" * 5000] * 5000, "3.11", None)
+    assert len(wire.encode_hello(hello)) <= wire.MAX_BYTES
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["page_fd", "monotonic", "fenced", "labels", "command", "stacks"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+            lambda inner: (
+                st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
+            ),
+            max_leaves=5,
+        ),
+    )
+)
+def test_a_hello_of_the_wrong_shape_is_refused_not_crashed_on(fields: dict[str, object]) -> None:
+    good = json.loads(wire.encode_hello(HELLO))
+    with contextlib.suppress(ProtocolError):
+        hello = wire.decode_hello(json.dumps({**good, **fields}).encode())
+        assert wire.decode_hello(wire.encode_hello(hello)) == hello
+
+
+def test_another_version_is_told_what_to_do() -> None:
+    with pytest.raises(ProtocolError, match="install the same version"):
+        wire.decode_hello(b'{"hangwatch": 99}')
+    with pytest.raises(ProtocolError, match="speaks protocol 2"):
+        wire.decode_reply(b'{"hangwatch": 2}')
+
+
+def test_a_reply_survives_the_wire() -> None:
+    assert wire.decode_reply(wire.encode_reply(None)) is None
+    assert wire.decode_reply(wire.encode_reply("too many")) == "too many"
+
+
+DUMP = """\
+Thread 0x00007f01 [loader] (most recent call first):
+  File "/a/b \\xe4.py", line 12 in fetch
+  ...
+
+Current thread 0x00007f02 (most recent call first):
+  <no Python frame>
+...
+"""
+
+
+def test_a_dump_is_parsed() -> None:
+    threads, cut = faulthandler_text.parse(DUMP)
+    assert cut
+    assert [(thread.ident, thread.name, thread.cut) for thread in threads] == [
+        (0x7F01, "loader", True),
+        (0x7F02, None, False),
+    ]
+    assert threads[0].frames == [Frame("/a/b ä.py", 12, "fetch")]
+    assert threads[1].frames == []
+
+
+@given(st.text())
+def test_any_text_can_be_parsed_as_a_dump(text: str) -> None:
+    faulthandler_text.parse(text)
+
+
+def test_stat_with_brackets_in_the_name_is_parsed() -> None:
+    line = "42 (a) (b c) S 7 " + " ".join(map(str, range(5, 53)))
+    parsed = parse_stat(line)
+    assert (parsed.pid, parsed.comm, parsed.state, parsed.ppid) == (42, "a) (b c", "S", 7)
+    own = read_stat(os.getpid())
+    assert own is not None
+    assert own.ppid == os.getppid()
+    began = proc.start_time(own.start_ticks)
+    assert began is not None
+    assert 0 <= time.time() - began < 100_000
+
+
+def test_a_process_at_work_does_not_stand_still_and_a_sleeping_one_does() -> None:
+    sleeping = subprocess.Popen(["sleep", "30"])
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.3)
+        assert any(proc.stands_still(sleeping.pid) for _ in range(5))
+        assert not all(proc.stands_still(busy.pid) for _ in range(5))
+    finally:
+        for process in (sleeping, busy):
+            process.kill()
+            process.wait()
+
+
+def test_labels_come_from_the_allow_list_alone() -> None:
+    environment = {"RANK": "3", "SLURM_PROCID": "9", "SLURM_JOB_ID": "17", "SECRET": "x"}
+    assert labels_from(environment) == {"rank": "3", "run_id": "17"}
+
+
+def make_report(scope: str = "forward", at: float = 1e9, pid: int = 42) -> Report:
+    stuck = ThreadStack(1, "MainThread", True, [Frame("x.py", 3, "hang")], False)
+    idle = [ThreadStack(n, None, False, [], True) for n in range(2, 30)]
+    return Report(
+        Outcome.REAPED,
+        Case(
+            at,
+            Worker(pid, 0, 1e9, {"rank": "2"}, ["python", "x.py"], "3.11"),
+            Scope(scope, 2.0, 2.001, 0.001, 7, ScopeThread(1, pid, "MainThread"), ["epoch"]),
+        ),
+        Evidence(threads=[stuck, *idle], missing=["wchan: not told"]),
+        [Action("SIGKILL", 0.05, "sent"), Action("confirm", 0.06, "it is dead")],
+    )
+
+
+def test_a_report_has_what_its_schema_promises() -> None:
+    written = json.loads(report.to_json(make_report()))
+    assert written["schema"] == "hangwatch.report/1"
+    assert written["outcome"] == "reaped"
+    assert set(written["worker"]) >= {"pid", "start_time", "labels", "command"}
+    assert set(written["scope"]) >= {"name", "limit_s", "inside_s", "late_s", "entry", "thread"}
+    assert set(written["threads"][0]) >= {"id", "name", "holds_scope", "frames"}
+    assert written["threads"][0]["frames"] == [{"file": "x.py", "line": 3, "function": "hang"}]
+    assert set(written["process"]) >= {"state", "wchan", "cpu_s", "children"}
+    assert written["actions"][0] == {"action": "SIGKILL", "at_s": 0.05, "result": "sent"}
+    assert written["missing"] == ["wchan: not told"]
+
+
+def test_the_headline_stands_alone() -> None:
+    first = report.to_text(make_report()).splitlines()[0]
+    for part in ("rank 2", "42", "'forward'", "2.001 s", "limit 2 s", "60 ms", "MainThread"):
+        assert part in first
+
+
+def test_a_log_record_shows_the_stuck_thread_first_and_not_all() -> None:
+    text = report.to_text(make_report(), most_threads=5)
+    assert "<- holds the scope" in text.split("\n\n")[1]
+    assert "24 more threads" in text
+    assert "more threads" not in report.to_text(make_report())
+
+
+def test_reports_are_private_whole_and_the_newest_are_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "reports"
+    folder.mkdir(mode=0o755)
+    (folder / "mine.txt").write_text("not a report")
+    for number in range(publish.KEPT + 5):
+        publish.publish(make_report(at=1e9 + number, pid=number), str(folder))
+    kept = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    assert len(kept) == publish.KEPT
+    assert kept[0].endswith("-forward-5"), "the oldest five are gone"
+    assert (folder / "mine.txt").exists()
+    assert not [name for name in kept if name.startswith(".")]
+    newest = folder / kept[-1]
+    assert stat.S_IMODE(newest.stat().st_mode) == 0o700
+    for name in ("report.json", "report.txt"):
+        assert stat.S_IMODE((newest / name).stat().st_mode) == 0o600
+    json.loads((newest / "report.json").read_text())
+
+
+def test_two_reports_of_one_millisecond_are_both_kept(tmp_path: Path) -> None:
+    for _ in range(3):
+        publish.publish(make_report(), str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("scope", "slug"),
+    [("forward", "forward"), ("/a/b.py#12", "a-b.py-12"), ("../..", "scope"), ("é" * 9, "scope")],
+)
+def test_a_scope_becomes_part_of_a_file_name(scope: str, slug: str) -> None:
+    assert publish.slug(scope) == slug
+
+
+def test_a_thread_s_signal_masks_are_read() -> None:
+    masks = proc.signal_masks(os.getpid(), threading.get_native_id())
+    assert masks is not None
+    assert proc.has(masks.caught, 2), "Python catches SIGINT"
+    assert proc.signal_masks(os.getpid(), 2**22 + 1) is None
