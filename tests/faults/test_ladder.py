@@ -1,0 +1,283 @@
+"""From verdict to death: what is killed, what is spared, and how it is confirmed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import StartWatcher
+from support.namespaces import run_alone
+from support.watchers import RunningWatcher, wait_until
+
+
+def actions(report: dict[str, Any]) -> list[str]:
+    return [action["action"] for action in report["actions"]]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def test_sigkill_at_once_without_a_grace(watcher: RunningWatcher) -> None:
+    worker = watcher.python(
+        "-c",
+        """
+import signal, time, hangwatch
+signal.signal(signal.SIGTERM, lambda *_: print("SIGTERM", flush=True))
+with hangwatch.expires(0.3, "no grace"): time.sleep(1000)
+""",
+    )
+    out, _ = worker.communicate(timeout=30)
+    assert (worker.returncode, out) == (-9, "")
+    assert actions(watcher.report(pid=worker.pid)) == ["SIGKILL", "confirm"]
+
+
+def test_sigterm_and_a_grace_for_who_ends_by_itself(start_watcher: StartWatcher) -> None:
+    watcher = start_watcher(grace=20)
+    worker = watcher.python(
+        "-c",
+        """
+import signal, sys, time, hangwatch
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+with hangwatch.expires(0.3, "gentle"): time.sleep(1000)
+""",
+    )
+    assert worker.wait(30) == 3
+    report = watcher.report(pid=worker.pid)
+    # It leaves the block on its way out, or is seen dead first: nothing further is done to it.
+    assert report["outcome"] in ("reaped", "recovered")
+    assert "SIGKILL" not in actions(report)
+    worker.communicate()
+
+
+def test_sigkill_after_the_grace_for_who_ignores_sigterm(start_watcher: StartWatcher) -> None:
+    watcher = start_watcher(grace=0.5)
+    worker = watcher.python(
+        "-c",
+        """
+import signal, time, hangwatch
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+with hangwatch.expires(0.3, "deaf"): time.sleep(1000)
+""",
+    )
+    worker.communicate(timeout=30)
+    assert worker.returncode == -9
+    report = watcher.report(pid=worker.pid)
+    assert actions(report) == ["SIGTERM", "SIGKILL", "confirm"]
+    assert report["actions"][1]["at_s"] - report["actions"][0]["at_s"] >= 0.5
+
+
+def test_who_leaves_the_block_during_the_evidence_is_recovered(
+    start_watcher: StartWatcher,
+) -> None:
+    """Blocks that end around their verdict: killed before the end, or not at all."""
+    watcher = start_watcher()
+    script = """
+import sys, time, hangwatch
+with hangwatch.expires(0.3, "late"): time.sleep(0.3 + float(sys.argv[1]))
+time.sleep(0.3)
+"""
+    workers = {}
+    for late in (0.004, 0.008, 0.015, 0.03, 0.06):
+        worker = watcher.python("-c", script, str(late))
+        worker.communicate(timeout=30)
+        workers[worker.pid] = worker.returncode
+    watcher.server.stop()
+    for pid, status in workers.items():
+        outcomes = [r["outcome"] for r in watcher.reports() if r["worker"]["pid"] == pid]
+        assert outcomes in ([], ["recovered"], ["reaped"])
+        assert (status == -9) == (outcomes == ["reaped"])
+    found = [report for report in watcher.reports() if report["outcome"] == "recovered"]
+    assert found, "at least one of them left in time"
+    for report in found:
+        assert actions(report) == ["look"]
+
+
+FAMILY = """
+import os, subprocess, sys, time, hangwatch
+child = subprocess.Popen([sys.executable, "-c",
+    "import subprocess, time; p = subprocess.Popen(['sleep', '1000']);"
+    "print(p.pid, flush=True); time.sleep(1000)"], stdout=subprocess.PIPE)
+grandchild = int(child.stdout.readline())
+print(child.pid, grandchild, flush=True)
+with hangwatch.expires(0.5, "family"): time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("tree", [True, False])
+def test_descendants_are_killed_with_their_worker_unless_told_not_to(
+    start_watcher: StartWatcher, tree: bool
+) -> None:
+    watcher = start_watcher(tree=tree)
+    worker = watcher.python("-c", FAMILY, stderr=subprocess.DEVNULL)
+    assert worker.stdout is not None
+    family = [int(pid) for pid in worker.stdout.readline().split()]
+    assert worker.wait(30) == -9
+    report = watcher.report(pid=worker.pid)
+    killed = [action for action in report["actions"] if "descendant" in action["action"]]
+    try:
+        if tree:
+            wait_until(lambda: not any(map(is_alive, family)), "the descendants are dead")
+            assert len(killed) == 2
+            assert all(action["result"].endswith("it is dead") for action in killed)
+        else:
+            assert all(map(is_alive, family))
+            assert killed == []
+    finally:
+        for pid in family:
+            if is_alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        worker.stdout.close()
+
+
+SPARED = """
+import os, tempfile, time
+from pathlib import Path
+import hangwatch
+from support.watchers import RunningWatcher
+
+# A worker whose child is a worker, too, with a child of its own: both are spared.
+WORKER = '''
+import subprocess, sys, time, hangwatch
+CHILD = "import subprocess, sys, time, hangwatch\\\\np = subprocess.Popen(['sleep', '1000'])\\\\n" \\
+    "with hangwatch.expires(60, 'child'):\\\\n    print(p.pid, flush=True); time.sleep(1000)"
+child = subprocess.Popen([sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True)
+other = subprocess.Popen(["sleep", "1000"])
+print(child.pid, int(child.stdout.readline()), other.pid, flush=True)
+with hangwatch.expires(0.5, "parent"): time.sleep(1000)
+'''
+with tempfile.TemporaryDirectory() as folder:
+    with hangwatch.serve(report_dir=folder) as server:
+        # The watcher itself descends from this process, which is a worker as well.
+        watcher = RunningWatcher(server, Path(folder))
+        worker = watcher.python("-c", WORKER)
+        child, grandchild, other = map(int, worker.stdout.readline().split())
+        assert worker.wait(20) == -9
+        report = watcher.report(pid=worker.pid)
+        alive = lambda pid: Path(f"/proc/{pid}/stat").exists() and \\
+            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        assert alive(child), "a watched worker was killed with its parent"
+        assert alive(grandchild), "a watched worker's child was killed"
+        assert not alive(other)
+        killed = [a["action"] for a in report["actions"] if "descendant" in a["action"]]
+        assert killed == [f"SIGKILL to descendant {other}"], killed
+        os.kill(child, 9); os.kill(grandchild, 9)
+        worker.stdout.close()
+print("held")
+"""
+
+
+def test_watched_descendants_are_spared() -> None:
+    assert "held" in run_alone(SPARED)
+
+
+ROOT_HANGS = """
+import os, subprocess, sys, tempfile, time
+from pathlib import Path
+from support.watchers import wait_until
+import json
+
+folder = tempfile.mkdtemp()
+PROGRAM = '''
+import sys, time, hangwatch
+with hangwatch.serve(report_dir=sys.argv[1]) as server:
+    with hangwatch.expires(0.5, "the launcher"): time.sleep(1000)
+'''
+root = subprocess.Popen([sys.executable, "-c", PROGRAM, folder])
+assert root.wait(20) == -9
+wait_until(lambda: list(Path(folder).glob("[!.]*/report.json")), "a report")
+(path,) = Path(folder).glob("[!.]*/report.json")
+report = json.loads(path.read_text())
+assert report["outcome"] == "reaped"
+assert not [a for a in report["actions"] if "descendant" in a["action"]], report["actions"]
+def watchers():
+    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat")]
+    return [stat for stat in stats if "(hw-watcher) " in stat and "(hw-watcher) Z" not in stat]
+assert watchers()
+wait_until(lambda: not watchers(), "the watcher ends with the program that launched it")
+print("held")
+"""
+
+
+def test_a_launcher_that_hangs_is_reaped_and_its_watcher_lives_to_tell() -> None:
+    assert "held" in run_alone(ROOT_HANGS)
+
+
+def test_many_hangs_at_once_are_all_ended(start_watcher: StartWatcher) -> None:
+    watcher = start_watcher()
+    script = "import time, hangwatch\nwith hangwatch.expires(1.5, 'many'): time.sleep(1000)"
+    workers = [watcher.python("-c", script) for _ in range(12)]
+    for worker in workers:
+        worker.communicate(timeout=40)
+        assert worker.returncode == -9
+    wait_until(lambda: len(watcher.reports()) == 12, "twelve reports")
+    assert {report["outcome"] for report in watcher.reports()} == {"reaped"}
+
+
+class TestFrozen:
+    """A process that SIGKILL does not end: one in a frozen cgroup (v1), as good as state D."""
+
+    ROOT = Path("/sys/fs/cgroup/freezer")
+
+    @pytest.fixture
+    def freezer(self) -> Iterator[Path]:
+        group = self.ROOT / f"hangwatch-test-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError:
+            pytest.skip("no cgroup v1 freezer to make a process unkillable with")
+        yield group
+        (group / "freezer.state").write_text("THAWED")
+        wait_until(lambda: not (group / "tasks").read_text(), "the frozen process is gone")
+        group.rmdir()
+
+    def test_unkillable_is_said_once_and_it_is_killed_when_that_is_possible(
+        self, start_watcher: StartWatcher, freezer: Path
+    ) -> None:
+        watcher = start_watcher()
+        worker = watcher.python(
+            "-c",
+            "import time, hangwatch\n"
+            "with hangwatch.expires(2, 'frozen'):\n    print('in', flush=True); time.sleep(1000)",
+        )
+        assert worker.stdout is not None
+        worker.stdout.readline()
+        (freezer / "tasks").write_text(str(worker.pid))
+        (freezer / "freezer.state").write_text("FROZEN")
+        report = watcher.report(pid=worker.pid)
+        assert report["outcome"] == "unkillable"
+        assert report["process"]["state"] in ("D", "S")
+        assert report["missing"], "and why there are no stacks"
+        time.sleep(0.5)
+        (freezer / "freezer.state").write_text("THAWED")
+        assert worker.wait(30) == -9
+        worker.stdout.close()
+        assert len(watcher.reports()) == 1
+
+
+def test_a_report_folder_that_can_t_be_written(
+    start_watcher: StartWatcher, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    watcher = start_watcher(report_dir=tmp_path / "file" / "reports")
+    worker = watcher.python(
+        "-c", "import time, hangwatch\nwith hangwatch.expires(0.3, 'x'): time.sleep(1000)"
+    )
+    worker.communicate(timeout=30)
+    assert worker.returncode == -9, "the kill still happens"
+    watcher.server.stop()
+    log = capfd.readouterr().err
+    assert f"worker {worker.pid} overran 'x'" in log
+    assert "time.sleep" in log or "<- holds the scope" in log
+    assert "can't be written to" in log
