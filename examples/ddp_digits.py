@@ -107,9 +107,7 @@ def train(arguments: argparse.Namespace) -> None:
             right = model(images[-HELD_OUT:]).argmax(1) == labels[-HELD_OUT:]
         accuracy = right.float().mean()
         came = f"resumed from step {first}" if first else "trained in one go"
-        print(
-            f"finished: accuracy {accuracy:.3f} on {HELD_OUT} held-out digits, {came}", flush=True
-        )
+        print(f"finished: accuracy {accuracy:.3f} of {HELD_OUT} unseen digits, {came}", flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -132,7 +130,11 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    # torchrun keeps its store over a restart, with the addresses of the dead in it: every
+    # attempt gets keys of its own. See https://github.com/pytorch/pytorch/issues/135712
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {arguments.attempt}", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     train(arguments)
     dist.destroy_process_group()
 

@@ -150,7 +150,7 @@ from support.watchers import RunningWatcher
 # A worker whose child is a worker, too, with a child of its own: both are spared.
 WORKER = '''
 import subprocess, sys, time, hangwatch
-CHILD = "import subprocess, sys, time, hangwatch\\\\np = subprocess.Popen(['sleep', '1000'])\\\\n" \\
+CHILD = "import subprocess, time, hangwatch\\\\np = subprocess.Popen(['sleep', '1000'])\\\\n" \\
     "with hangwatch.expires(60, 'child'):\\\\n    print(p.pid, flush=True); time.sleep(1000)"
 child = subprocess.Popen([sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True)
 other = subprocess.Popen(["sleep", "1000"])
@@ -195,16 +195,16 @@ with hangwatch.serve(report_dir=sys.argv[1]) as server:
     with hangwatch.expires(0.5, "the launcher"): time.sleep(1000)
 '''
 root = subprocess.Popen([sys.executable, "-c", PROGRAM, folder])
+def watchers():
+    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
+    return [stat for stat in stats if "(hw-watcher) " in stat and "(hw-watcher) Z" not in stat]
+wait_until(watchers, "the watcher shows under its name")
 assert root.wait(20) == -9
 wait_until(lambda: list(Path(folder).glob("[!.]*/report.json")), "a report")
 (path,) = Path(folder).glob("[!.]*/report.json")
 report = json.loads(path.read_text())
 assert report["outcome"] == "reaped"
 assert not [a for a in report["actions"] if "descendant" in a["action"]], report["actions"]
-def watchers():
-    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat")]
-    return [stat for stat in stats if "(hw-watcher) " in stat and "(hw-watcher) Z" not in stat]
-assert watchers()
 wait_until(lambda: not watchers(), "the watcher ends with the program that launched it")
 print("held")
 """

@@ -1,0 +1,229 @@
+"""`hangwatch run`: the command, and nothing else different."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.watchers import wait_until
+
+RUN = [sys.executable, "-m", "hangwatch", "run"]
+
+
+def run(*command: str, **options: object) -> subprocess.CompletedProcess[str]:
+    options.setdefault("timeout", 50)
+    return subprocess.run([*RUN, *command], capture_output=True, text=True, **options)  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        (["true"], 0),
+        (["sh", "-c", "exit 7"], 7),
+        (["sh", "-c", "kill -TERM $$"], 128 + 15),
+        (["sh", "-c", "kill -KILL $$"], 128 + 9),
+        (["/etc/passwd"], 126),
+        (["/etc"], 126),
+        (["no-such-command"], 127),
+        (["/no/such/command"], 127),
+    ],
+    ids=str,
+)
+def test_the_status_is_the_command_s(tmp_path: Path, command: list[str], status: int) -> None:
+    result = run("--", *command, cwd=tmp_path)
+    assert result.returncode == status, result.stderr
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == [], "no hang, no report folder"
+
+
+def test_125_where_hangwatch_itself_fails(tmp_path: Path) -> None:
+    result = run(
+        "--",
+        "touch",
+        str(tmp_path / "started"),
+        env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path / ("x" * 120))},
+    )
+    assert result.returncode == 125
+    assert "the command was not started" in result.stderr
+    assert "107 bytes" in result.stderr
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_hang_is_reported_and_the_status_tells(tmp_path: Path) -> None:
+    script = (
+        "import time, hangwatch\nprint('out', flush=True)\n"
+        "with hangwatch.expires(0.3, 'stuck'): time.sleep(1000)"
+    )
+    result = run("--", sys.executable, "-c", script, cwd=tmp_path)
+    assert result.returncode == 128 + 9
+    assert result.stdout == "out\n"
+    assert "overran 'stuck'" in result.stderr
+    (path,) = (tmp_path / "hangwatch-reports").iterdir()
+    report = json.loads((path / "report.json").read_text())
+    assert (report["outcome"], report["scope"]["name"]) == ("reaped", "stuck")
+    assert (path / "report.txt").read_text().startswith("worker ")
+
+
+def test_report_only(tmp_path: Path) -> None:
+    script = "import time, hangwatch\nwith hangwatch.expires(0.3, 'slow'): time.sleep(1)"
+    result = run(
+        *("--on-expiry", "report", "--report-dir", str(tmp_path / "r")),
+        *("--", sys.executable, "-c", script),
+    )
+    assert result.returncode == 0
+    (path,) = (tmp_path / "r").iterdir()
+    assert json.loads((path / "report.json").read_text())["outcome"] == "reported"
+
+
+def test_streams_and_environment_pass_through(tmp_path: Path) -> None:
+    result = run("--", "cat", "-", input="through\n", cwd=tmp_path)
+    assert result.stdout == "through\n"
+    result = run("--", "sh", "-c", "test -S $HANGWATCH_ADDRESS && ls -ld $HANGWATCH_ADDRESS")
+    assert result.stdout.startswith("srw-------")
+
+
+def test_options_of_the_command_are_its_own() -> None:
+    result = run("sh", "-c", "echo $0 $1", "--grace", "--help")
+    assert result.stdout == "--grace --help\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_run_alone_reaches_the_command_once(number: signal.Signals) -> None:
+    script = (
+        f"import signal, time\nsignal.signal({int(number)}, lambda *_: print('got', flush=True))\n"
+        "print('ready', flush=True)\nend = time.monotonic() + 1.5\n"
+        "while time.monotonic() < end: time.sleep(0.1)"
+    )
+    process = subprocess.Popen(
+        [*RUN, "--", sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=30)
+    assert out == "got\n"
+    assert process.returncode == 0
+
+
+def test_what_the_command_left_behind_is_ended(tmp_path: Path) -> None:
+    """A daemon, forked twice, out of its session; and one that ignores SIGTERM."""
+    script = """
+import os, signal, subprocess, sys, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        open("daemon", "w").write(str(os.getpid()))
+        os.close(1)
+        time.sleep(1000)
+    os._exit(0)
+while not os.path.exists("daemon") or not open("daemon").read(): time.sleep(0.01)
+"""
+    result = run("--", sys.executable, "-c", script, cwd=tmp_path)
+    assert result.returncode == 0
+    daemon = int((tmp_path / "daemon").read_text())
+    assert not Path(f"/proc/{daemon}").exists(), "neither orphan nor zombie"
+
+
+def test_nothing_of_ours_is_left_behind(tmp_path: Path) -> None:
+    runtime = tmp_path / "runtime"
+    runtime.mkdir(mode=0o700)
+    result = run(
+        "--", "sh", "-c", "echo $PPID", env={**os.environ, "XDG_RUNTIME_DIR": str(runtime)}
+    )
+    assert result.returncode == 0
+    assert list((runtime / "hangwatch").iterdir()) == []
+    assert not Path(f"/proc/{result.stdout.strip()}").exists()
+
+
+class Terminal:
+    """A shell with job control on a terminal of its own."""
+
+    def __init__(self, cwd: Path) -> None:
+        self.pid, self.master = pty.fork()
+        if self.pid == 0:
+            os.chdir(cwd)
+            os.environ["PS1"] = "$ "
+            os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])
+        os.set_blocking(self.master, False)
+        self.seen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def see(self, text: str, count: int = 1) -> None:
+        wait_until(lambda: self._read().count(text) >= count, f"{text!r} in {self.seen!r}")
+
+    def _read(self) -> str:
+        with contextlib.suppress(OSError):
+            self.seen += os.read(self.master, 65536).decode(errors="replace")
+        return self.seen
+
+    def close(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self.master)
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Terminal]:
+    terminal = Terminal(tmp_path)
+    yield terminal
+    terminal.close()
+
+
+COUNTER = """
+import signal, sys, time
+hits = 0
+def hit(*_):
+    global hits
+    hits += 1
+signal.signal(signal.SIGINT, hit)
+print("re" + "ady", flush=True)
+line = sys.stdin.readline()
+print(f"hits={hits} line={line.strip()}", flush=True)
+"""
+
+
+def test_ctrl_c_reaches_the_command_once_and_stdin_works(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    (tmp_path / "counter.py").write_text(COUNTER)
+    terminal.type(f"{' '.join(RUN)} -- {sys.executable} counter.py; echo status=$?\n")
+    terminal.see("ready")
+    terminal.type("\x03")
+    time.sleep(0.5)
+    terminal.type("typed\n")
+    terminal.see("hits=1 line=typed")
+    terminal.see("status=0")
+
+
+def test_ctrl_z_stops_the_job_pauses_watching_and_fg_goes_on(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    (tmp_path / "job.py").write_text(
+        "import sys, hangwatch\n"
+        "with hangwatch.expires(2, 'paused'):\n"
+        "    print('re' + 'ady', flush=True); line = sys.stdin.readline()\n"
+        "print('line=' + line, flush=True)\n"
+    )
+    terminal.type(f"{' '.join(RUN)} -- {sys.executable} job.py; echo status=$?\n")
+    terminal.see("ready")
+    terminal.type("\x1a")
+    terminal.see("Stopped")
+    time.sleep(3)
+    assert not (tmp_path / "hangwatch-reports").exists(), "no verdict while the job is stopped"
+    # What goes on has a settling time of at most a second to leave the block.
+    terminal.type("fg\n" + "soon\n")
+    terminal.see("line=soon")
+    terminal.see("status=", 2)
+

@@ -1,0 +1,162 @@
+"""Forks, execs, exits: a child never touches its parent's timers."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.watchers import RunningWatcher
+
+PRELUDE = """
+import gc, os, signal, subprocess, sys, threading, time
+import hangwatch
+from hangwatch.watch.page_reader import PageReader
+from hangwatch.worker.client import client_at
+def reader(): return PageReader(client_at(os.environ["HANGWATCH_ADDRESS"]).page.descriptor)
+def scopes(page): return sorted(page.details(slot).scope for slot in page.armed())
+def wait(child):
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, os.waitstatus_to_exitcode(status)
+"""
+
+
+def held(watcher: RunningWatcher, script: str) -> None:
+    worker = watcher.python("-c", PRELUDE + script, stderr=subprocess.PIPE)
+    out, err = worker.communicate(timeout=40)
+    assert worker.returncode == 0, out + err
+    assert out.endswith("held\n")
+
+
+def test_a_child_that_leaves_its_parent_s_block_leaves_it_armed(watcher: RunningWatcher) -> None:
+    held(
+        watcher,
+        """
+with hangwatch.expires(60, "parent"):
+    child = os.fork()
+parent = child != 0
+if not parent:
+    os._exit(0)
+wait(child)
+
+before = hangwatch.expires(60, "parent")
+before.__enter__()
+page = reader()
+child = os.fork()
+if child == 0:
+    before.__exit__(None, None, None)
+    with hangwatch.expires(60, "child"): pass
+    os._exit(0)
+wait(child)
+assert scopes(page) == ["parent"], scopes(page)
+
+# And the child of a thread, while other threads are inside of blocks.
+inside, leave = threading.Barrier(3), threading.Event()
+def work(name):
+    with hangwatch.expires(60, name):
+        inside.wait(); leave.wait()
+threads = [threading.Thread(target=work, args=(name,)) for name in "ab"]
+for thread in threads: thread.start()
+inside.wait()
+def forker():
+    child = os.fork()
+    if child == 0:
+        gc.collect()
+        before.__exit__(None, None, None)
+        os._exit(0)
+    wait(child)
+thread = threading.Thread(target=forker); thread.start(); thread.join()
+assert scopes(page) == ["a", "b", "parent"], scopes(page)
+leave.set()
+for thread in threads: thread.join()
+before.__exit__(None, None, None)
+assert scopes(page) == []
+print("held")
+""",
+    )
+
+
+def test_a_child_starts_with_nothing_of_its_parent_s(watcher: RunningWatcher) -> None:
+    held(
+        watcher,
+        """
+with hangwatch.expires(60, "connect"): pass
+client = client_at(os.environ["HANGWATCH_ADDRESS"])
+socket, channel, page = client._socket.fileno(), client._stacks.channel, client.page.descriptor
+child = os.fork()
+if child == 0:
+    for descriptor in (socket, channel.fd, page):
+        try: os.fstat(descriptor)
+        except OSError: continue
+        os._exit(1)
+    mask = int(next(l for l in open("/proc/self/status") if l.startswith("SigCgt")).split()[1], 16)
+    if mask >> (channel.own - 1) & 1 or mask >> (channel.all - 1) & 1: os._exit(2)
+    with hangwatch.expires(60, "child"):
+        mine = client_at(os.environ["HANGWATCH_ADDRESS"])
+        if mine._socket is None or scopes(reader()) != ["child"]: os._exit(3)
+    os._exit(0)
+wait(child)
+print("held")
+""",
+    )
+
+
+def test_a_child_of_subprocess_with_a_preexec_function_harms_nobody(
+    watcher: RunningWatcher,
+) -> None:
+    held(
+        watcher,
+        """
+with hangwatch.expires(60, "parent"):
+    page = reader()
+    subprocess.run(["true"], preexec_fn=lambda: None, check=True)
+    assert scopes(page) == ["parent"]
+    with hangwatch.expires(60, "after"):
+        assert scopes(page) == ["after", "parent"]
+print("held")
+""",
+    )
+
+
+def test_a_worker_that_ends_inside_of_a_block_is_no_incident(watcher: RunningWatcher) -> None:
+    before = len(watcher.reports())
+    for ending in ("sys.exit(0)", "os._exit(0)", "os.execvp('true', ['true'])"):
+        worker = watcher.python(
+            "-c", PRELUDE + f"hangwatch.expires(0.5, 'x').__enter__(); {ending}"
+        )
+        worker.communicate(timeout=20)
+        assert worker.returncode == 0
+    subprocess.run(["sleep", "1"], check=True)
+    assert len(watcher.reports()) == before
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="no strace")
+def test_the_quiet_path_makes_no_system_call(watcher: RunningWatcher, tmp_path: Path) -> None:
+    """Count the calls between two marks, 50,000 pairs apart."""
+    script = """
+import os, sys, hangwatch
+for _ in range(200):
+    with hangwatch.expires(60, "warm"): pass
+    with hangwatch.expires(60): pass
+os.access("/mark-begin", 0)
+for _ in range(25_000):
+    with hangwatch.expires(60, "warm"): pass
+    with hangwatch.expires(60): pass
+os.access("/mark-end", 0)
+"""
+    log = tmp_path / "strace"
+    subprocess.run(
+        ["strace", "-o", str(log), sys.executable, "-c", script],
+        env=watcher.environment(),
+        check=True,
+    )
+    calls = log.read_text().splitlines()
+    begin = next(i for i, call in enumerate(calls) if "/mark-begin" in call)
+    end = next(i for i, call in enumerate(calls) if "/mark-end" in call)
+    between = [re.split(r"\W", call)[0] for call in calls[begin + 1 : end]]
+    # Each new line, once: its first arm may ring. And Python's own memory, now and then.
+    rings = [call for call in between if call not in ("mmap", "munmap", "brk")]
+    assert len(rings) <= 2, rings
