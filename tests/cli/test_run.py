@@ -9,11 +9,13 @@ import pty
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from support.watchers import wait_until
 
 RUN = [sys.executable, "-m", "hangwatch", "run"]
@@ -134,14 +136,11 @@ while not os.path.exists("daemon") or not open("daemon").read(): time.sleep(0.01
     assert not Path(f"/proc/{daemon}").exists(), "neither orphan nor zombie"
 
 
-def test_nothing_of_ours_is_left_behind(tmp_path: Path) -> None:
-    runtime = tmp_path / "runtime"
-    runtime.mkdir(mode=0o700)
-    result = run(
-        "--", "sh", "-c", "echo $PPID", env={**os.environ, "XDG_RUNTIME_DIR": str(runtime)}
-    )
-    assert result.returncode == 0
-    assert list((runtime / "hangwatch").iterdir()) == []
+def test_nothing_of_ours_is_left_behind() -> None:
+    with tempfile.TemporaryDirectory(prefix="hw-") as runtime:
+        result = run("--", "sh", "-c", "echo $PPID", env={**os.environ, "XDG_RUNTIME_DIR": runtime})
+        assert result.returncode == 0
+        assert list((Path(runtime) / "hangwatch").iterdir()) == []
     assert not Path(f"/proc/{result.stdout.strip()}").exists()
 
 
@@ -226,4 +225,3 @@ def test_ctrl_z_stops_the_job_pauses_watching_and_fg_goes_on(
     terminal.type("fg\n" + "soon\n")
     terminal.see("line=soon")
     terminal.see("status=", 2)
-

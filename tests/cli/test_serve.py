@@ -17,10 +17,10 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
-from support.raw_worker import answer, hello, memfd
-from support.watchers import wait_until
 
 import hangwatch
+from support.raw_worker import answer, hello, memfd
+from support.watchers import wait_until
 
 SERVE = [sys.executable, "-m", "hangwatch", "serve"]
 
@@ -98,7 +98,7 @@ class TestCommand:
         file = folder / "file"
         file.write_text("")
         assert "is no socket" in self.refuses("--address", str(file))
-        assert "can't listen" in self.refuses("--address", str(file / "s"))
+        assert "is no folder" in self.refuses("--address", str(file / "s"))
         assert "107 bytes" in self.refuses("--address", str(folder / ("x" * 120)))
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make a folder of another user")
@@ -115,24 +115,33 @@ class TestCommand:
         wait_until(lambda: path.exists() and comm(process.pid) == "hw-watcher", "the watcher")
         folder.chmod(0o755)
         path.chmod(0o666)
-        script = (
-            "import os, sys; os.setuid(12345); sys.path[:0] = sys.argv[2:]\n"
-            "from support.raw_worker import answer, hello, memfd\n"
-            "print(answer(sys.argv[1], hello(), [memfd()]))\n"
-            "import socket\n"
-            "s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
-            "s.bind(sys.argv[1] + '.false'); s.listen(); os.chmod(sys.argv[1] + '.false', 0o666)\n"
-        )
+        script = """
+import os, socket, sys
+sys.path[:0] = sys.argv[2:]
+import hangwatch
+from support.raw_worker import answer, hello, memfd
+os.seteuid(12345)
+print(answer(sys.argv[1], hello(), [memfd()]))
+listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+listener.bind(sys.argv[1] + ".false")
+listener.listen()
+os.seteuid(0)
+try:
+    hangwatch.SharedMemoryTimerClient(sys.argv[1] + ".false")
+except hangwatch.WatcherUnavailableError as error:
+    print(error)
+"""
         folder.chmod(0o777)
         result = subprocess.run(
-            [sys.executable, "-c", script, str(path), *sys.path],
+            [sys.executable, "-c", script, str(path), *filter(None, sys.path)],
             capture_output=True,
             text=True,
             check=False,
         )
-        assert "this is user 12345" in result.stdout, result.stderr
         process.terminate()
         process.communicate(timeout=30)
+        assert "this is user 12345" in result.stdout, result.stderr
+        assert "belongs to user 12345, not to 0" in result.stdout, result.stderr
 
     def test_systemd_s_protocol(self, folder: Path) -> None:
         """A socket by LISTEN_FDS; READY=1, WATCHDOG=1, STATUS= and STOPPING=1."""
@@ -175,6 +184,7 @@ class TestCommand:
     def test_a_passed_socket_of_another_kind_is_refused(self, folder: Path) -> None:
         code = (
             "import os, socket, sys\ns = socket.socketpair()[0]; os.dup2(s.fileno(), 3)\n"
+            "os.set_inheritable(3, True)\n"
             "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1')\n"
             "os.execv(sys.executable, [sys.executable, '-m', 'hangwatch', 'serve'])\n"
         )
@@ -262,7 +272,9 @@ class TestServe:
         server.stop()
         assert server.address is None
 
-    @pytest.mark.parametrize("bad", [{"on_expiry": "kill"}, {"grace": -1.0}, {"grace": float("nan")}])
+    @pytest.mark.parametrize(
+        "bad", [{"on_expiry": "kill"}, {"grace": -1.0}, {"grace": float("nan")}]
+    )
     def test_bad_settings(self, bad: dict[str, object]) -> None:
         with pytest.raises(ValueError, match=next(iter(bad))), hangwatch.serve(**bad):  # type: ignore[arg-type]
             pass

@@ -51,7 +51,11 @@ def connect(address: str) -> socket.socket:
     """Connect to a watcher, and say nothing yet."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.settimeout(20)
-    connection.connect(address)
+    try:
+        connection.connect(address)
+    except OSError:
+        connection.close()
+        raise
     return connection
 
 

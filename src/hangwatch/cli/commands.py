@@ -67,7 +67,7 @@ def main() -> None:
     """
 
 
-@main.command(context_settings={"ignore_unknown_options": True})
+@main.command(context_settings={"allow_interspersed_args": False})
 @click.option(
     "--report-dir",
     default="hangwatch-reports",

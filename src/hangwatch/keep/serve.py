@@ -15,7 +15,7 @@ from hangwatch.keep.quiet_log import QuietHandler
 from hangwatch.keep.systemd import Notifier, take_listener
 from hangwatch.watch.identity import read_stat
 from hangwatch.watch.settings import Settings
-from hangwatch.watch.watcher import Watcher, stop_on_signals
+from hangwatch.watch.watcher import STOPPING_SIGNALS, Watcher, stop_on_signals
 
 
 def serve(path: str | None, settings: Settings, lifeline: int | None = None) -> None:
@@ -34,6 +34,8 @@ def serve(path: str | None, settings: Settings, lifeline: int | None = None) -> 
     """
     logging.getLogger("hangwatch").addHandler(QuietHandler())
     logging.getLogger("hangwatch").setLevel(logging.INFO)
+    # A signal that comes before the loop can hear it waits until it can.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING_SIGNALS)
     listener = None if path is not None else take_listener(os.environ)
     given = listener is not None
     if listener is None:
@@ -81,6 +83,7 @@ def _watch(listener: socket.socket, settings: Settings, lifeline: int | None) ->
         os.set_inheritable(lifeline, False)
         watcher.watch_descriptor(lifeline, lifeline_ended)
     stop_on_signals(watcher)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING_SIGNALS)
     notifier.tell("READY=1", "STATUS=watching 0 workers")
     watcher.run()
     notifier.tell("STOPPING=1")

@@ -42,23 +42,23 @@ def admit(connection: socket.socket, allowed_uids: frozenset[int]) -> Watched:
             still open, nothing else of it is.
         BlockingIOError: nothing is there to read after all.
     """
-    identity = identify(connection)
+    # Read first: a connection that is closed with something unread loses our reply.
+    message, descriptors = _receive(connection)
     try:
-        if identity.uid not in allowed_uids:
-            raise ProtocolError(
-                f"the watcher serves user {', '.join(map(str, sorted(allowed_uids)))}, "
-                f"this is user {identity.uid}"
-            )
-        message, descriptors = _receive(connection)
+        identity = identify(connection)
         try:
-            hello = wire.decode_hello(message)
-            return _take_in(connection, identity, hello, descriptors)
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
-    except BaseException:
-        os.close(identity.pidfd)
-        raise
+            if identity.uid not in allowed_uids:
+                raise ProtocolError(
+                    f"the watcher serves user {', '.join(map(str, sorted(allowed_uids)))}, "
+                    f"this is user {identity.uid}"
+                )
+            return _take_in(connection, identity, wire.decode_hello(message), descriptors)
+        except BaseException:
+            os.close(identity.pidfd)
+            raise
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 def refuse(connection: socket.socket, reason: str) -> None:

@@ -30,6 +30,8 @@ from hangwatch.watch.visit import visit
 from hangwatch.watch.watched import Watched
 from hangwatch.wire import RING, encode_reply
 
+STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 _log = logging.getLogger("hangwatch.watch")
 
 # Without the fence a ring can be missed by a store buffer's width; looking at every page
@@ -372,12 +374,12 @@ class Watcher:
 
 
 def stop_on_signals(watcher: Watcher) -> None:
-    """End the watcher's `run` on SIGTERM or SIGINT."""
+    """End the watcher's `run` on `STOPPING_SIGNALS`."""
     read_end, write_end = socket.socketpair()
     read_end.setblocking(False)
     write_end.setblocking(False)
     signal.set_wakeup_fd(write_end.fileno())
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPPING_SIGNALS:
         signal.signal(number, lambda *_: None)
 
     def stop() -> None:
