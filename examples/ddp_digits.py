@@ -71,7 +71,7 @@ def train(arguments: argparse.Namespace) -> None:
 
     checkpoint: Path = arguments.checkpoint
     if attempt == 0 and rank == 0:
-        # Of an earlier run: torchrun calls every run "none" that was given no --rdzv-id.
+        # An earlier run's: with a static rendezvous, torchrun calls them all "none".
         checkpoint.unlink(missing_ok=True)
     dist.barrier()
     first = 0

@@ -19,7 +19,7 @@ class StartWatcher(Protocol):
 
 @contextmanager
 def _watchers() -> Iterator[StartWatcher]:
-    running = []
+    running: list[hangwatch.SharedMemoryTimerServer] = []
     with tempfile.TemporaryDirectory(prefix="hw-test-") as folder:
 
         def start(**options: Any) -> RunningWatcher:

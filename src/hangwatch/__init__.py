@@ -1,6 +1,6 @@
 """Expiration timers for worker processes: a block that overruns is explained and ended."""
 
-from hangwatch.api import TimerClient, configure, expires
+from hangwatch.api import Expiration, TimerClient, configure, expires
 from hangwatch.errors import (
     AddressError,
     HangwatchError,
@@ -18,6 +18,7 @@ from hangwatch.shared_memory_timer import (
 
 __all__ = [
     "AddressError",
+    "Expiration",
     "HangwatchError",
     "LaunchError",
     "NotConfiguredError",

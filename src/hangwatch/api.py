@@ -1,6 +1,6 @@
 """The contract: `expires`, `configure`, and what a client of one's own must be.
 
-The quiet path of a block is `expires.__init__`, the look-up of ``__exit__``, and
+The quiet path of a block is `expires`, the look-up of ``__exit__``, and
 ``__enter__``: no system call, no lock, nothing that can raise once the timer is
 armed. Leaving is one call of C code. `benchmarks/arm.py` measures it.
 """
@@ -23,7 +23,7 @@ from hangwatch.page import WATCH_UNTIL
 from hangwatch.worker.client import WorkerClient, address_from_environment, client_at
 from hangwatch.worker.page_writer import VOID_SLOT, Slot
 
-__all__ = ["TimerClient", "configure", "expires"]
+__all__ = ["Expiration", "TimerClient", "configure", "expires"]
 
 _getframe = sys._getframe
 
@@ -96,7 +96,7 @@ class _ExitLookup(property):
     # ``with`` looks __exit__ up on the instance before it calls __enter__ (PEP 343), and
     # gets one C call that disarms the slot chosen at that moment. contextlib.ExitStack
     # takes it from the class and calls it with the instance.
-    def __call__(self, block: expires, *exc_info: object) -> None:
+    def __call__(self, block: Expiration, *exc_info: object) -> None:
         block._leave(*exc_info)
 
 
@@ -109,7 +109,7 @@ class _Unchosen:
 
     thread = _NoThread
 
-    def nest(self, block: expires) -> Slot:
+    def nest(self, block: Expiration) -> Slot:
         return block._enter_by_hand()
 
 
@@ -124,12 +124,12 @@ class _ByHand:
 
     thread = _NoThread
 
-    def __init__(self, block: expires, key: Hashable) -> None:
+    def __init__(self, block: Expiration, key: Hashable) -> None:
         self.key = key
         self.exit = block._leave
         self.exits: list[tuple[int, Callable[..., None]]] = []
 
-    def nest(self, block: expires) -> Slot:
+    def nest(self, block: Expiration) -> Slot:
         return block._enter_by_hand()
 
 
@@ -163,43 +163,22 @@ class _ContractBlock:
             )
 
 
-class expires:  # noqa: N801 - the contract's name
-    """Declare that the block takes at most `after` seconds.
+class Expiration:
+    """A block's timer: what `expires` returns, to be used as a context manager.
 
-    A worker whose block overruns is ended by the watcher, another process, even if the
-    block hangs in C with the GIL held. Blocks are independent of each other, nested,
-    recursive and in many threads. One object may be entered again and again.
-
-    Args:
-        after: seconds from entering the block, more than 0.
-        scope: the block's name in reports; ``<file>#<line>`` of the caller by default.
-        client: who acquires the timer, if not the one that `configure` set or the
-            environment's ``HANGWATCH_ADDRESS`` names.
-
-    Raises:
-        ValueError: on entering, `after` is not positive and finite, or `scope` is empty.
-        TypeError: on entering, `after` is no number, `scope` no string, `client` no client.
-        NotConfiguredError: on entering, nobody said who watches.
+    One object may be entered again and again, also while it is entered.
     """
 
     __slots__ = ("_after", "_client", "_code", "_key", "_slot")
 
-    def __init__(
-        self, after: float, scope: str | None = None, client: TimerClient | None = None
-    ) -> None:
-        self._after = after
-        self._slot: Any = _UNCHOSEN
-        if scope is None:
-            frame = _getframe(1)
-            self._code = code = frame.f_code
-            self._key: Hashable = id(code), frame.f_lasti
-        else:
-            self._key = scope
-        if client is not None:
-            self._client = client
-            self._key = client, self._key
+    # Set by `expires`; an __init__ would cost as much as all the rest of it.
+    _after: float
+    _client: TimerClient
+    _code: CodeType
+    _key: Hashable
+    _slot: Any
 
-    def __enter__(self) -> expires:
+    def __enter__(self) -> Expiration:
         now = monotonic()
         slot = self._slot
         if slot.thread.alone is not slot:
@@ -298,6 +277,47 @@ class expires:  # noqa: N801 - the contract's name
         )
 
 
+def expires(
+    after: float, scope: str | None = None, client: TimerClient | None = None
+) -> Expiration:
+    """Declare, in a ``with`` statement, that its block takes at most `after` seconds.
+
+    A worker whose block overruns is ended by the watcher, another process, even if the
+    block hangs in C with the GIL held. Blocks are independent of each other: nested,
+    recursive, and in many threads.
+
+    Args:
+        after: seconds from entering the block, more than 0.
+        scope: the block's name in reports; ``<file>#<line>`` of the caller by default.
+        client: who acquires the timer, if not the one that `configure` set or the
+            environment's ``HANGWATCH_ADDRESS`` names.
+
+    Returns:
+        The context manager. What is wrong with the arguments it says on entering:
+
+    Raises:
+        ValueError: `after` is not positive and finite, or `scope` is empty.
+        TypeError: `after` is no number, `scope` no string, `client` no client.
+        NotConfiguredError: nobody said who watches.
+    """
+    # A function, not the class itself: CPython makes a dict of the keyword arguments of a
+    # class that is called (docs/decisions/0005-expires-is-a-function.md).
+    block = Expiration()
+    block._after = after
+    block._slot = _UNCHOSEN
+    if scope is None:
+        frame = _getframe(1)
+        block._code = code = frame.f_code
+        # The address of the instruction: since 3.11 a code object holds its bytecode.
+        block._key = id(code) + frame.f_lasti
+    else:
+        block._key = scope
+    if client is not None:
+        block._client = client
+        block._key = client, block._key
+    return block
+
+
 def arm(chosen: Slot | _ContractBlock, block: object = None) -> None:
     """Arm what `choose` gave, off the quiet path; if that raises, it isn't armed."""
     slot = chosen.nest(block)
@@ -338,7 +358,7 @@ def _checked_scope(key: Hashable, code: CodeType | None, named_client: bool) -> 
     if named_client:
         key = key[1]  # type: ignore[index]
     if code is not None:
-        instruction: int = key[1]  # type: ignore[index]
+        instruction = key - id(code)  # type: ignore[operator]
         return f"{code.co_filename}#{_line(code, instruction)}"
     if not isinstance(key, str):
         raise TypeError(f"scope must be a string or None, not {type(key).__name__}")

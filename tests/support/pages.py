@@ -7,9 +7,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
+
 from hangwatch import api, page
 from hangwatch.watch.page_reader import PageReader
-from hangwatch.worker.client import ADDRESS_VARIABLE, WorkerClient, client_at
+from hangwatch.worker.client import ADDRESS_VARIABLE, WorkerClient
 
 
 class QuietClient(WorkerClient):
@@ -42,13 +44,13 @@ def quiet_page() -> Iterator[QuietClient]:
     client.page.words[page.WATCH_UNTIL] = time.monotonic() + 1e6
     before = os.environ.get(ADDRESS_VARIABLE)
     os.environ[ADDRESS_VARIABLE] = address
-    original = api.client_at
-    api.client_at = lambda wanted: client if wanted == address else client_at(wanted)  # type: ignore[assignment]
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(api, "client_at", lambda wanted: client)
     api.forget_slots()
     try:
         yield client
     finally:
-        api.client_at = original
+        monkeypatch.undo()
         api.forget_slots()
         if before is None:
             del os.environ[ADDRESS_VARIABLE]

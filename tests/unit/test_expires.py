@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,10 +66,11 @@ def test_scope_must_be_a_name() -> None:
     with quiet_page():
         with pytest.raises(ValueError, match="must not be empty"), hangwatch.expires(1, ""):
             pass
-        for scope in (5, b"x", ("a", 1), []):
+        scopes: tuple[Any, ...] = (5, b"x", ("a", 1), [])
+        for scope in scopes:
             with (
                 pytest.raises(TypeError, match="must be a string"),
-                hangwatch.expires(1, scope),  # type: ignore[arg-type]
+                hangwatch.expires(1, scope),
             ):
                 pass
 
@@ -204,7 +206,7 @@ def test_a_native_client_s_methods_are_called_where_they_are_replaced() -> None:
     client = hangwatch.SharedMemoryTimerClient("off")
     with hangwatch.expires(5, "x", client=client):
         pass
-    client.acquire = lambda scope, time: calls.append("replaced")  # type: ignore[method-assign]
+    client.acquire = lambda *_: calls.append("replaced")  # type: ignore[assignment,method-assign]
     with hangwatch.expires(5, "x", client=client):
         pass
     del client.acquire

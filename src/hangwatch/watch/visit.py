@@ -1,6 +1,6 @@
 """A visit: read a page once, say who is due and when to come again.
 
-This is the watcher's half of the protocol. The worker's half is `expires.__enter__`:
+This is the watcher's half of the protocol. The worker's half is `Expiration.__enter__`:
 store entry and deadline, then load watch_until, and ring unless
 ``now < watch_until <= deadline``.
 """

@@ -1,0 +1,103 @@
+"""A real torchrun job: a rank that hangs is explained and killed, and the job goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "ddp_digits.py"
+ENDS_WITHIN = 140.0
+
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(180)]
+
+
+def hangwatch_run(report_dir: Path) -> list[str]:
+    return [sys.executable, "-m", "hangwatch", "run", "--report-dir", str(report_dir), "--"]
+
+
+def torchrun(ranks: int, *arguments: str) -> list[str]:
+    # --standalone: a free port, and a run id of its own.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc-per-node", str(ranks), "--max-restarts", "1", *arguments]
+
+
+def finish(command: list[str], cwd: Path, **environment: str) -> tuple[str, str]:
+    """Run a command that must succeed; return what it wrote to stdout and stderr."""
+    with subprocess.Popen(
+        command,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as job:
+        try:
+            stdout, stderr = job.communicate(timeout=ENDS_WITHIN)
+        except BaseException:
+            job.terminate()  # torchrun ends its ranks
+            try:
+                job.communicate(timeout=20)
+            finally:
+                job.kill()
+            raise
+    assert job.returncode == 0, f"exit status {job.returncode}\n{stdout}\n{stderr}"
+    return stdout, stderr
+
+
+def accuracy(stdout: str) -> float:
+    found = re.search(r"^finished: accuracy (\d\.\d+) ", stdout, re.MULTILINE)
+    assert found, stdout
+    return float(found[1])
+
+
+def only_report(report_dir: Path) -> dict[str, Any]:
+    folders = list(report_dir.iterdir())
+    assert len(folders) == 1, folders
+    report: dict[str, Any] = json.loads((folders[0] / "report.json").read_text())
+    return report
+
+
+def test_hung_rank_is_killed_and_the_job_goes_on(tmp_path: Path) -> None:
+    job = torchrun(4, str(SCRIPT), "--hang-rank", "2", "--hang-at-step", "20")
+    stdout, stderr = finish([*hangwatch_run(tmp_path / "reports"), *job], tmp_path)
+
+    report = only_report(tmp_path / "reports")
+    assert report["outcome"] == "reaped"
+    assert report["scope"]["name"] == "forward"
+    assert report["scope"]["limit_s"] == 2
+    assert report["worker"]["labels"]["rank"] == "2"
+    assert report["worker"]["labels"]["restart_count"] == "0"
+    (holder,) = (thread for thread in report["threads"] if thread["holds_scope"])
+    assert "stop_in_c" in [frame["function"] for frame in holder["frames"]]
+    inside = [scope["name"] for other in report["others"] for scope in other["scopes"]]
+    assert "all_reduce" in inside
+    assert report["headline"] in stderr
+
+    resumed = re.search(r"^attempt 1: resumed from step (\d+)$", stdout, re.MULTILINE)
+    assert resumed, stdout
+    assert int(resumed[1]) in (5, 10, 15, 20)
+    assert f"resumed from step {resumed[1]}\n" in stdout[stdout.index("finished: ") :]
+    assert accuracy(stdout) > 0.8
+
+
+def test_job_that_does_not_hang_is_left_alone(tmp_path: Path) -> None:
+    job = torchrun(4, str(SCRIPT))
+    stdout, stderr = finish([*hangwatch_run(tmp_path / "reports"), *job], tmp_path)
+    assert not (tmp_path / "reports").exists()
+    assert "hangwatch" not in stderr
+    assert "resumed" not in stdout
+    assert accuracy(stdout) > 0.8
+
+
+def test_same_script_runs_unwatched(tmp_path: Path) -> None:
+    job = torchrun(2, str(SCRIPT), "--steps", "10")
+    stdout, stderr = finish(job, tmp_path, HANGWATCH_ADDRESS="off")
+    assert "hangwatch" not in stderr
+    assert accuracy(stdout) > 0.1
