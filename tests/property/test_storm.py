@@ -14,6 +14,7 @@ import hangwatch
 from hangwatch.watch.page_reader import PageReader
 from support.pages import quiet_page
 
+sys.setswitchinterval(1e-4)
 kind, blocks = sys.argv[1], int(sys.argv[2])
 rng = random.Random(7)
 

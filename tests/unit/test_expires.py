@@ -206,7 +206,7 @@ def test_a_native_client_s_methods_are_called_where_they_are_replaced() -> None:
     client = hangwatch.SharedMemoryTimerClient("off")
     with hangwatch.expires(5, "x", client=client):
         pass
-    client.acquire = lambda *_: calls.append("replaced")  # type: ignore[assignment,method-assign]
+    client.acquire = lambda *_: calls.append("replaced")  # type: ignore[method-assign]
     with hangwatch.expires(5, "x", client=client):
         pass
     del client.acquire
