@@ -6,6 +6,7 @@ TORCH_INDEX ?=
 # How often `make zoo` meets each program.
 N ?= 1
 
+comma := ,
 VENV := .venv
 CHECK := .venv-check
 INTEROP := .venv-interop
@@ -40,7 +41,7 @@ $(VENV)/ready: pyproject.toml
 	$(call environment,$(VENV),--editable '.[test]')
 
 $(CHECK)/ready: pyproject.toml
-	$(call environment,$(CHECK),--editable '.[test,check]')
+	$(call environment,$(CHECK),--editable '.[test$(comma)check]')
 
 $(INTEROP)/ready: pyproject.toml
 	$(call environment,$(INTEROP),$(TORCH_INDEX) torch==2.13.0 numpy)
