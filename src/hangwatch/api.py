@@ -16,7 +16,6 @@ from collections.abc import Callable, Hashable
 from math import inf
 from time import monotonic
 from types import CodeType
-from typing import TYPE_CHECKING, Any
 
 from hangwatch.errors import HangwatchError, NotConfiguredError
 from hangwatch.page import WATCH_UNTIL
@@ -24,6 +23,10 @@ from hangwatch.worker.client import WorkerClient, address_from_environment, clie
 from hangwatch.worker.page_writer import VOID_SLOT, Slot
 
 __all__ = ["Expiration", "TimerClient", "configure", "expires"]
+
+TYPE_CHECKING = False  # typing itself takes long to import
+if TYPE_CHECKING:
+    from typing import Any
 
 _getframe = sys._getframe
 

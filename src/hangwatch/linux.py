@@ -9,10 +9,9 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import platform
 import sys
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
     import ctypes
 
@@ -60,9 +59,10 @@ def _libc() -> ctypes.CDLL:
 def _system_call(numbers: dict[str, int], *arguments: int) -> int:
     import ctypes
 
-    number = numbers.get(platform.machine())
+    machine = os.uname().machine
+    number = numbers.get(machine)
     if number is None or sys.maxsize < 2**32:
-        raise OSError(errno.ENOSYS, f"system call number unknown on {platform.machine()}")
+        raise OSError(errno.ENOSYS, f"system call number unknown on {machine}")
     wide = [ctypes.c_long(argument) for argument in arguments]
     result: int = _libc().syscall(ctypes.c_long(number), *wide)
     if result < 0:

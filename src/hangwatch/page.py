@@ -33,7 +33,6 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
-from dataclasses import dataclass
 
 VERSION = 1
 MAGIC = b"hangwat" + bytes([VERSION])
@@ -54,8 +53,8 @@ ENTRY = 2
 LIMIT = 3
 
 _HEADER = struct.Struct("=8sQ")
-_DETAILS = struct.Struct("=QQIiQd")
-_DETAILS_AT = 32
+_DETAILS = struct.Struct("=dQQIi")
+_DETAILS_AT = LIMIT * 8
 _ENCLOSING = struct.Struct("=Qd")
 _ENCLOSING_AT = 56
 _THREAD_AT, _THREAD_BYTES = 72, 24
@@ -71,9 +70,11 @@ DISARM = struct.Struct("=d???")
 """What leaving a block writes: the deadline 0.0, then whether it ended by an exception."""
 
 
-@dataclass(frozen=True, slots=True)
 class SlotDetails:
     """What a slot says besides its deadline; constant for one generation.
+
+    Not a dataclass: every worker imports this module, and dataclasses takes as long to
+    import as all of hangwatch.
 
     Attributes:
         limit: seconds that the block may take.
@@ -81,21 +82,29 @@ class SlotDetails:
         native_id: its kernel thread id.
         flags: per-block choices, 0 for the server's.
         signal: per-block signal, 0 for the server's.
-        enclosing: index of the slot of the block around this one, or None.
-        enclosing_entry: the entry of the block around this one.
         thread_name: Python's name of the thread, perhaps cut.
         scope: the block's name, perhaps cut.
     """
 
-    limit: float
-    ident: int
-    native_id: int
-    flags: int
-    signal: int
-    enclosing: int | None
-    enclosing_entry: float
-    thread_name: str
-    scope: str
+    __slots__ = ("flags", "ident", "limit", "native_id", "scope", "signal", "thread_name")
+
+    def __init__(
+        self,
+        limit: float,
+        ident: int,
+        native_id: int,
+        thread_name: str,
+        scope: str,
+        flags: int = 0,
+        signal: int = 0,
+    ) -> None:
+        self.limit = limit
+        self.ident = ident
+        self.native_id = native_id
+        self.thread_name = thread_name
+        self.scope = scope
+        self.flags = flags
+        self.signal = signal
 
 
 def deadline_word(index: int) -> int:
@@ -168,7 +177,9 @@ def cut(text: str, room: int, *, keep_end: bool = False) -> bytes:
 
 
 def write_details(memory: memoryview, index: int, details: SlotDetails, keep_end: bool) -> None:
-    """Write a slot's details; the slot must not be armed, its generation new.
+    """Write a slot's details, and that no block is around it.
+
+    The slot must not be armed, and its generation must be new.
 
     Args:
         memory: the page as bytes.
@@ -177,18 +188,16 @@ def write_details(memory: memoryview, index: int, details: SlotDetails, keep_end
         keep_end: cut a long scope at its beginning (a path's end tells more).
     """
     at = slot_byte(index)
-    enclosing = 0 if details.enclosing is None else details.enclosing + 1
-    struct.pack_into("=d", memory, at + LIMIT * 8, details.limit)
     _DETAILS.pack_into(
         memory,
         at + _DETAILS_AT,
+        details.limit,
         details.ident,
         details.native_id,
         details.flags,
         details.signal,
-        enclosing,
-        details.enclosing_entry,
     )
+    write_enclosing(memory, index, None, 0.0)
     name = cut(details.thread_name, _THREAD_BYTES).ljust(_THREAD_BYTES, b"\0")
     scope = cut(details.scope, _SCOPE_BYTES, keep_end=keep_end).ljust(_SCOPE_BYTES, b"\0")
     memory[at + _THREAD_AT : at + _SCOPE_AT + _SCOPE_BYTES] = name + scope
@@ -209,20 +218,15 @@ def read_enclosing(memory: memoryview, index: int) -> tuple[int | None, float]:
 def read_details(memory: memoryview, index: int) -> SlotDetails:
     """Read a slot's details, whatever the bytes are: a page may hold nonsense."""
     at = slot_byte(index)
-    (limit,) = struct.unpack_from("=d", memory, at + LIMIT * 8)
-    ident, native_id, flags, signal, enclosing, enclosing_entry = _DETAILS.unpack_from(
-        memory, at + _DETAILS_AT
-    )
+    limit, ident, native_id, flags, signal = _DETAILS.unpack_from(memory, at + _DETAILS_AT)
     return SlotDetails(
         limit=limit,
         ident=ident,
         native_id=native_id,
-        flags=flags,
-        signal=signal,
-        enclosing=enclosing - 1 if 0 < enclosing <= CAPACITY else None,
-        enclosing_entry=enclosing_entry,
         thread_name=_text(memory, at + _THREAD_AT, _THREAD_BYTES),
         scope=_text(memory, at + _SCOPE_AT, _SCOPE_BYTES),
+        flags=flags,
+        signal=signal,
     )
 
 

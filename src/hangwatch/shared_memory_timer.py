@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from hangwatch import api
 from hangwatch.worker.client import (
@@ -20,6 +19,7 @@ from hangwatch.worker.page_writer import Slot
 
 __all__ = ["SharedMemoryTimerClient", "SharedMemoryTimerServer", "serve"]
 
+TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
     from hangwatch.keep.launch import WatcherProcess
 

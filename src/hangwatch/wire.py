@@ -2,7 +2,7 @@
 
 A worker says hello, with its page's descriptor attached and perhaps that of its
 stack channel; the watcher welcomes it or says why not. After that the worker
-sends one byte, `RING`, whenever the watcher should look at its page.
+sends one byte, `connection.RING`, whenever the watcher should look at its page.
 
 Layout of a hello: {"hangwatch": 1, "page_fd": int, "monotonic": float,
 "fenced": bool, "labels": {str: str}, "command": [str, ...], "python": str,
@@ -22,7 +22,6 @@ from hangwatch.errors import ProtocolError
 VERSION = 1
 MAX_BYTES = 16384
 MAX_DESCRIPTORS = 2
-RING = b"!"
 _MAX_LABELS, _MAX_ARGUMENTS, _MAX_TEXT = 32, 32, 256
 
 

@@ -20,6 +20,7 @@ import hangwatch
 from conftest import StartWatcher
 from hangwatch import page, wire
 from hangwatch.watch import admission
+from hangwatch.worker.connection import RING
 from support.raw_worker import answer, connect, hello, memfd
 from support.watchers import RunningWatcher, wait_until
 
@@ -169,7 +170,7 @@ def test_a_page_of_nonsense_harms_only_its_owner(served: RunningWatcher) -> None
                     socket.send_fds(connection, [hello(page_fd=descriptor)], [descriptor])
                     connection.recv(100)
                     for _ in range(20):
-                        connection.send(wire.RING)
+                        connection.send(RING)
                         time.sleep(0.01)
             finally:
                 os._exit(0)
@@ -217,7 +218,7 @@ def test_who_rings_for_ever_gets_slow_service_not_the_cpu(start_watcher: StartWa
         before, until = cpu(), time.monotonic() + 3
         while time.monotonic() < until:
             try:
-                connection.send(wire.RING)
+                connection.send(RING)
             except BlockingIOError:
                 time.sleep(0.0005)
         used = cpu() - before

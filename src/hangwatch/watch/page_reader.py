@@ -114,9 +114,8 @@ class PageReader:
         index: int | None = slot.index
         while index is not None and index not in seen and index < page.CAPACITY:
             seen.add(index)
-            details = page.read_details(self._memory, index)
-            found.append(details)
-            index = details.enclosing
+            found.append(page.read_details(self._memory, index))
+            index, _ = page.read_enclosing(self._memory, index)
         return found
 
     def thread_names(self) -> dict[int, str]:

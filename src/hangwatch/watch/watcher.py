@@ -28,7 +28,8 @@ from hangwatch.watch.page_reader import Armed
 from hangwatch.watch.settings import Settings
 from hangwatch.watch.visit import visit
 from hangwatch.watch.watched import Watched
-from hangwatch.wire import RING, encode_reply
+from hangwatch.wire import encode_reply
+from hangwatch.worker.connection import RING
 
 STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

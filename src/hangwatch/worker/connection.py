@@ -14,10 +14,15 @@ import struct
 import sys
 from time import monotonic, sleep
 
-from hangwatch import wire
 from hangwatch.errors import AddressError, ProtocolError, WatcherUnavailableError
 
+TYPE_CHECKING = False  # typing itself takes long to import
+if TYPE_CHECKING:
+    from hangwatch.wire import StackChannel
+
 ANSWER_WITHIN = 1.0
+RING = b"!"
+_MOST_BYTES = 16384
 _LONGEST_PATH = 107  # unix(7): sun_path is 108 bytes, the last one NUL
 _RETRY = "start one with 'hangwatch run' or 'hangwatch serve', or correct HANGWATCH_ADDRESS"
 
@@ -25,7 +30,7 @@ _RETRY = "start one with 'hangwatch run' or 'hangwatch serve', or correct HANGWA
 def connect(
     address: str,
     page_descriptor: int,
-    stacks: wire.StackChannel | None,
+    stacks: StackChannel | None,
     fenced: bool,
     labels: dict[str, str],
 ) -> socket.socket:
@@ -47,6 +52,9 @@ def connect(
             watcher refuses this process, or belongs to another user.
         ProtocolError: whoever answers is no watcher of this protocol's version.
     """
+    # Imported by who connects: json and dataclasses take long.
+    from hangwatch import wire
+
     until = monotonic() + ANSWER_WITHIN
     connection = _open(address, until)
     try:
@@ -63,7 +71,12 @@ def connect(
             python=".".join(map(str, sys.version_info[:3])),
             stacks=stacks,
         )
-        _converse(connection, address, wire.encode_hello(hello), descriptors, until)
+        answer = _converse(connection, address, wire.encode_hello(hello), descriptors, until)
+        reason = wire.decode_reply(answer)
+        if reason is not None:
+            raise WatcherUnavailableError(
+                f"the watcher at {address} refuses this process: {reason}"
+            )
     except BaseException:
         connection.close()
         raise
@@ -80,7 +93,7 @@ def ring(connection: socket.socket) -> bool:
         False if the watcher is gone.
     """
     try:
-        connection.send(wire.RING, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        connection.send(RING, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
     except BlockingIOError:
         return True
     except OSError as error:
@@ -152,12 +165,12 @@ def _check_owner(connection: socket.socket, address: str) -> None:
 
 def _converse(
     connection: socket.socket, address: str, hello: bytes, descriptors: list[int], until: float
-) -> None:
+) -> bytes:
     try:
         connection.settimeout(max(0.01, until - monotonic()))
         socket.send_fds(connection, [hello], descriptors, socket.MSG_NOSIGNAL)
         connection.settimeout(max(0.01, until - monotonic()))
-        answer = connection.recv(wire.MAX_BYTES)
+        answer = connection.recv(_MOST_BYTES)
     except TimeoutError:
         raise WatcherUnavailableError(
             f"the watcher at {address} did not answer within {ANSWER_WITHIN:g} s: is it stopped?"
@@ -166,6 +179,4 @@ def _converse(
         raise _unreachable(address, error) from None
     if not answer:
         raise ProtocolError(f"whoever listens at {address} hung up: it is no watcher")
-    reason = wire.decode_reply(answer)
-    if reason is not None:
-        raise WatcherUnavailableError(f"the watcher at {address} refuses this process: {reason}")
+    return answer

@@ -333,10 +333,6 @@ class PageWriter:
                 limit=limit,
                 ident=thread.ident,
                 native_id=thread.native_id,
-                flags=0,
-                signal=0,
-                enclosing=None,
-                enclosing_entry=0.0,
                 thread_name=thread.name,
                 scope=scope,
             )

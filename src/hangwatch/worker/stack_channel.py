@@ -10,7 +10,9 @@ import fcntl
 import os
 import signal
 
-from hangwatch.wire import StackChannel
+TYPE_CHECKING = False  # typing itself takes long to import
+if TYPE_CHECKING:
+    pass
 
 # The top real-time signals, from the second highest down: the lowest belong to the C
 # library, the highest is the one that programs pick first.
@@ -21,6 +23,8 @@ class StackWriter:
     """The open channel of this process; `channel` is what the watcher is told."""
 
     def __init__(self, descriptor: int, own: int, all_threads: int) -> None:
+        from hangwatch.wire import StackChannel
+
         self.channel = StackChannel(descriptor, own, all_threads)
 
     def forget(self) -> None:
