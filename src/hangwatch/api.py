@@ -196,6 +196,8 @@ class Expiration:
             if now < words[WATCH_UNTIL] <= deadline:
                 return self
             slot.ring()
+            # It may have been a handshake: the block's time begins now.
+            words[slot.deadline_at] = monotonic() + slot.limit
         except BaseException:
             words[slot.deadline_at] = 0.0
             raise
@@ -328,6 +330,7 @@ def arm(chosen: Slot | _ContractBlock, block: object = None) -> None:
         slot.words[slot.entry_at] = slot.entry
         slot.words[slot.deadline_at] = monotonic() + slot.limit
         slot.ring()
+        slot.words[slot.deadline_at] = monotonic() + slot.limit
     except BaseException:
         slot.words[slot.deadline_at] = 0.0
         raise

@@ -9,6 +9,7 @@ import random
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -353,3 +354,31 @@ class TestAddresses:
         assert worker.wait(20) == -9
         worker.stdout.close()
         assert watcher.report(pid=worker.pid)["scope"]["name"] == "later"
+
+    def test_a_slow_handshake_is_not_the_block_s_time(self, tmp_path: Path) -> None:
+        """A watcher that answers after 0.7 s, a block that may take 0.5 s."""
+        path = str(tmp_path / "s")
+        script = (
+            "import os, time, hangwatch\n"
+            "from hangwatch.worker.client import client_at\n"
+            "block = hangwatch.expires(0.5, 'short')\n"
+            "block.__enter__()\n"
+            "client = client_at(os.environ['HANGWATCH_ADDRESS'])\n"
+            "print(client._socket is not None, client.page.words[8] - time.monotonic() > 0.2)\n"
+        )
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(path)
+            listener.listen()
+            worker = subprocess.Popen(
+                [sys.executable, "-c", script],
+                env={**os.environ, "HANGWATCH_ADDRESS": path},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            connection, _ = listener.accept()
+            connection.recv(wire.MAX_BYTES)
+            time.sleep(0.7)
+            connection.send(wire.encode_reply(None))
+            out, _ = worker.communicate(timeout=30)
+            connection.close()
+        assert out == "True True\n"

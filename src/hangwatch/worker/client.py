@@ -61,6 +61,8 @@ class WorkerClient:
         except OSError as error:
             self._warn_once("page", f"no memory for a page of timers ({error.strerror})")
             return VOID_SLOT
+        if self._socket is None:
+            self.ring()  # connect before the block's time begins
         return page.choose(key, after, limit, scope, code)
 
     def ring(self) -> None:
