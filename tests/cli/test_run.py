@@ -60,6 +60,16 @@ def test_125_where_hangwatch_itself_fails(tmp_path: Path) -> None:
     assert not (tmp_path / "started").exists()
 
 
+@pytest.mark.parametrize(
+    "usage", [["--grace", "-1", "true"], ["--on-expiry", "explode", "true"], ["--nonsense"], []]
+)
+def test_125_for_wrong_usage(usage: list[str]) -> None:
+    result = run(*usage)
+    assert result.returncode == 125
+    assert "Usage: " in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_a_hang_is_reported_and_the_status_tells(tmp_path: Path) -> None:
     script = (
         "import time, hangwatch\nprint('out', flush=True)\n"

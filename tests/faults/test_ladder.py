@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,10 +56,33 @@ with hangwatch.expires(0.3, "gentle"): time.sleep(1000)
     )
     assert worker.wait(30) == 3
     report = watcher.report(pid=worker.pid)
-    # It leaves the block on its way out, or is seen dead first: nothing further is done to it.
-    assert report["outcome"] in ("reaped", "recovered")
-    assert "SIGKILL" not in actions(report)
+    assert report["outcome"] == "reaped"
+    assert actions(report) == ["SIGTERM", "confirm"]
     worker.communicate()
+
+
+def test_who_leaves_the_block_on_sigterm_and_goes_on_is_left_alone(
+    start_watcher: StartWatcher,
+) -> None:
+    watcher = start_watcher(grace=1)
+    worker = watcher.python(
+        "-c",
+        """
+import signal, sys, time, hangwatch
+class Stop(Exception): pass
+def stop(*_): raise Stop
+signal.signal(signal.SIGTERM, stop)
+try:
+    with hangwatch.expires(0.3, "brief"): time.sleep(1000)
+except Stop: pass
+time.sleep(2)
+""",
+    )
+    worker.communicate(timeout=30)
+    assert worker.returncode == 0
+    report = watcher.report(pid=worker.pid)
+    assert report["outcome"] == "recovered"
+    assert actions(report) == ["SIGTERM", "look"]
 
 
 def test_sigkill_after_the_grace_for_who_ignores_sigterm(start_watcher: StartWatcher) -> None:
@@ -212,6 +236,56 @@ print("held")
 
 def test_a_launcher_that_hangs_is_reaped_and_its_watcher_lives_to_tell() -> None:
     assert "held" in run_alone(ROOT_HANGS)
+
+
+def test_a_watcher_that_did_not_run_lets_the_overdue_settle(start_watcher: StartWatcher) -> None:
+    watcher = start_watcher()
+    assert watcher.server.pid is not None
+    worker = watcher.python(
+        "-c",
+        """
+import os, signal, sys, time, hangwatch
+pid = int(sys.argv[1])
+with hangwatch.expires(1, "late"):
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(3)
+    os.kill(pid, signal.SIGCONT)
+    time.sleep(0.3)
+time.sleep(1)
+with hangwatch.expires(0.3, "hung"): time.sleep(1000)
+""",
+        str(watcher.server.pid),
+    )
+    worker.communicate(timeout=40)
+    assert worker.returncode == -9
+    watcher.server.stop()
+    outcomes = {report["scope"]["name"]: report["outcome"] for report in watcher.reports()}
+    assert outcomes in ({"late": "recovered", "hung": "reaped"}, {"hung": "reaped"})
+
+
+UNFENCED = """
+import mmap, os, socket, struct, sys, time
+sys.path[:0] = sys.argv[2:]
+from support.raw_worker import connect, hello, memfd
+from hangwatch import page
+descriptor = memfd()
+with connect(sys.argv[1]) as connection:
+    socket.send_fds(connection, [hello(page_fd=descriptor, fenced=False)], [descriptor])
+    connection.recv(100)
+    memory = mmap.mmap(descriptor, page.PAGE_BYTES)
+    words = memoryview(memory).cast("d")
+    words[page.SLOTS_IN_USE] = 1.0
+    words[page.deadline_word(0) + page.ENTRY] = 1.0
+    words[page.deadline_word(0)] = time.monotonic() + 0.2
+    time.sleep(1000)  # never rings
+"""
+
+
+def test_a_worker_that_the_fence_does_not_reach_is_swept(watcher: RunningWatcher) -> None:
+    worker = watcher.python("-c", UNFENCED, watcher.address, *filter(None, sys.path))
+    worker.communicate(timeout=30)
+    assert worker.returncode == -9
+    assert watcher.report(pid=worker.pid)["scope"]["late_s"] < 5
 
 
 def test_many_hangs_at_once_are_all_ended(start_watcher: StartWatcher) -> None:

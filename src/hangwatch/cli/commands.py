@@ -67,7 +67,18 @@ def main() -> None:
     """
 
 
-@main.command(context_settings={"allow_interspersed_args": False})
+class _Run(click.Command):
+    """A command whose own wrong usage must not look like a status of what it runs."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.show()
+            ctx.exit(125)
+
+
+@main.command(cls=_Run, context_settings={"allow_interspersed_args": False})
 @click.option(
     "--report-dir",
     default="hangwatch-reports",

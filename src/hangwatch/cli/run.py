@@ -29,6 +29,7 @@ def run_watched(
     command: list[str], report_dir: str, on_expiry: str, grace: float, tree: bool
 ) -> int:
     """Run `command` watched; see the command line's help for the exit status."""
+    inherited = signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
     try:
         linux.become_subreaper()
         watcher = WatcherProcess(report_dir, on_expiry, grace, tree)
@@ -36,7 +37,9 @@ def run_watched(
         print(f"hangwatch: {error}; the command was not started", file=sys.stderr)
         return 125
     try:
-        inherited = signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
+        early = signal.sigtimedwait(_FORWARDED, 0)
+        if early is not None:
+            return 128 + early.si_signo
         environment = {**os.environ, "HANGWATCH_ADDRESS": watcher.address}
         try:
             pid = os.posix_spawnp(

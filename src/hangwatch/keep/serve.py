@@ -83,7 +83,8 @@ def _watch(listener: socket.socket, settings: Settings, lifeline: int | None) ->
         os.set_inheritable(lifeline, False)
         watcher.watch_descriptor(lifeline, lifeline_ended)
     stop_on_signals(watcher)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING_SIGNALS)
+    # Whatever our launcher had blocked is nothing that we or our helpers want blocked.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     notifier.tell("READY=1", "STATUS=watching 0 workers")
     watcher.run()
     notifier.tell("STOPPING=1")

@@ -214,12 +214,11 @@ class Incident:
             return outcome
         self._note(number.name, worker.identity.send(number))
         self._signalled = True
+        # Who leaves the block on SIGTERM may be on its way out: it has the whole grace.
         until = monotonic() + within
         while not worker.identity.is_dead():
             if monotonic() >= until:
                 return None
-            if number is not signal.SIGKILL and not self._around.look(worker, self.verdict.slot):
-                return self._nothing_to_do()
             yield min(until, monotonic() + 0.05)
         self._note("confirm", "it is dead")
         return Outcome.REAPED
