@@ -39,8 +39,10 @@ _log = logging.getLogger("hangwatch.watch")
 # once a second bounds what that costs.
 _SWEEP_EVERY = 1.0
 _TICK = 1.0
-# Being this late means that we, and perhaps the workers too, did not run.
+# Being this late means that we, and perhaps the workers too, did not run: a frozen
+# cgroup, a stopped job. Who is overdue by then gets a moment to leave its block.
 _OVERSLEPT = 1.0
+_LONGEST_SETTLING = 1.0
 _MOST_RINGS_READ = 64
 # What a turn of the loop costs besides the visit, roughly, in seconds of CPU.
 _WAKING_COSTS = 30e-6
@@ -76,7 +78,8 @@ class Watcher:
         self._incidents: list[Incident] = []
         self._stopping = False
         self._fenced = linux.fence()
-        self._settle_until: tuple[float, float] = (0.0, 0.0)
+        self._awake_by = monotonic()
+        self._paused_until = self._pause = 0.0
         self._next_tick = self._next_sweep = monotonic()
         listener.setblocking(False)
         self._add(listener.fileno(), self._accept)
@@ -101,13 +104,10 @@ class Watcher:
     def run(self) -> None:
         """Watch until `stop`."""
         while not (self._stopping and all(incident.told for incident in self._incidents)):
-            planned = max(self._next_wake(), monotonic())
-            self._sleep(planned)
-            now = monotonic()
-            if now - planned > _OVERSLEPT:
-                late = now - planned
-                _log.warning("the watcher did not run for %.1f s; overdue workers may settle", late)
-                self._settle_until = (now + 0.1, min(late, 1.0))
+            self._notice_pause()
+            self._awake_by = max(self._next_wake(), monotonic())
+            self._sleep(self._awake_by)
+            self._notice_pause()
             for descriptor, _ in self._epoll.poll(0, 256):
                 handler = self._handlers.get(descriptor)
                 if handler is not None:
@@ -117,6 +117,15 @@ class Watcher:
             self._tick()
 
     # -- waiting
+
+    def _notice_pause(self) -> None:
+        """Notice that we, and perhaps the workers too, did not run for a while."""
+        now = monotonic()
+        late = now - self._awake_by
+        self._awake_by = now
+        if late > _OVERSLEPT:
+            self._paused_until, self._pause = now, late
+            _log.warning("the watcher did not run for %.1f s; who is overdue may settle", late)
 
     def _add(self, descriptor: int, handler: Callable[[], None]) -> None:
         self._epoll.register(descriptor, select.EPOLLIN)
@@ -301,8 +310,10 @@ class Watcher:
                 enclosing=[outer.scope for outer in chain[1:]],
             ),
         )
-        settle_until, settle = self._settle_until
-        settle = min(settle, details.limit) if at < settle_until else 0.0
+        self._notice_pause()
+        settle = 0.0
+        if slot.deadline <= self._paused_until:
+            settle = min(self._pause, details.limit, _LONGEST_SETTLING)
         verdict = Verdict(worker, slot, at, case, worker.reader.thread_names())
         incident = Incident(verdict, self, settle)
         self._incidents.append(incident)
