@@ -8,19 +8,22 @@ armed. Leaving is one call of C code. `benchmarks/arm.py` measures it.
 from __future__ import annotations
 
 import abc
+import contextlib
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Hashable
 from math import inf
+from threading import get_ident
 from time import monotonic
 from types import CodeType
 
 from hangwatch.errors import HangwatchError, NotConfiguredError
 from hangwatch.page import WATCH_UNTIL
 from hangwatch.worker.client import WorkerClient, address_from_environment, client_at
-from hangwatch.worker.page_writer import VOID_SLOT, Slot
+from hangwatch.worker.page_writer import VOID_SLOT, Scope, Slot, current_task
+from hangwatch.worker.page_writer import Asyncio as _Asyncio
 
 __all__ = ["Expiration", "TimerClient", "configure", "expires"]
 
@@ -59,11 +62,34 @@ class _Configured:
     by_environment = True
 
 
+class _NoThread:
+    alone = None
+
+
+class _NoChoice:
+    """In the place of a slot, while no look at ``__exit__`` has put one there."""
+
+    thread = _NoThread
+
+
+_FRESH = _NoChoice()
+"""Nobody has looked at ``__exit__`` yet."""
+_USED = _NoChoice()
+"""Somebody has; what a thread chose since is that thread's own."""
+
+
 class _PerThread(threading.local):
     """The slots that this thread's next blocks find by their key."""
 
     def __init__(self) -> None:
         self.slots: dict[Hashable, Slot] = {}
+        # The choice for a block that is about to be entered off the quiet path, and that block.
+        self.road: tuple[object, Slot | _ContractBlock | _NoChoice] = None, _USED
+
+    def all_slots(self) -> list[Slot]:
+        """Return this thread's slots, those that no key finds any more included."""
+        threads = {id(slot.thread): slot.thread for slot in self.slots.values()}
+        return [slot for thread in threads.values() for slot in thread.all_slots()]
 
 
 _local = _PerThread()
@@ -103,37 +129,15 @@ class _ExitLookup(property):
         block._leave(*exc_info)
 
 
-class _NoThread:
-    alone = None
-
-
-class _Unchosen:
-    """In the place of a slot: ``__enter__`` was called with no look at ``__exit__`` before."""
-
-    thread = _NoThread
-
-    def nest(self, block: Expiration) -> Slot:
-        return block._enter_by_hand()
-
-
-_UNCHOSEN = _Unchosen()
-
-
 class _ByHand:
     """In the place of a key: blocks that were entered by a call of ``__enter__``.
 
     Until all of them are left, the next look at ``__exit__`` may mean to leave, not to enter.
     """
 
-    thread = _NoThread
-
-    def __init__(self, block: Expiration, key: Hashable) -> None:
+    def __init__(self, key: Hashable) -> None:
         self.key = key
-        self.exit = block._leave
-        self.exits: list[tuple[int, Callable[..., None]]] = []
-
-    def nest(self, block: Expiration) -> Slot:
-        return block._enter_by_hand()
+        self.exits: list[tuple[int, int, Callable[..., None]]] = []
 
 
 class _ContractBlock:
@@ -147,7 +151,15 @@ class _ContractBlock:
         self.limit = limit
 
     def nest(self, block: object) -> Slot:
-        self.client.acquire(self.scope, time.time() + self.limit)
+        try:
+            self.client.acquire(self.scope, time.time() + self.limit)
+        except Exception:
+            raise
+        except BaseException:
+            # An interruption: the client may have acquired already.
+            with contextlib.suppress(Exception):
+                self.client.release(self.scope)
+            raise
         return VOID_SLOT
 
     def exit(self, kind: object, error: object, traceback: object) -> None:
@@ -184,9 +196,9 @@ class Expiration:
     def __enter__(self) -> Expiration:
         now = monotonic()
         slot = self._slot
-        if slot.thread.alone is not slot:
-            slot = slot.nest(self)
-        self._slot = _UNCHOSEN
+        if slot.thread.alone is not slot or (_Asyncio.seen and _Asyncio.running_loop()):
+            slot = self._begin(slot)
+        self._slot = _USED
         words = slot.words
         try:
             # No calls from here to the return of a quiet block: see PageWriter. The order
@@ -207,14 +219,27 @@ class Expiration:
         try:
             slot = _local.slots[self._key]
             # No calls: from the look to the claim, no other thread may take the slot.
-            if slot.after is self._after and slot.words[slot.deadline_at] == 0.0:
+            if (
+                slot.after is self._after
+                and slot.words[slot.deadline_at] == 0.0
+                and self._slot is _FRESH
+            ):
                 slot.entry += 1.0
+                slot.block = self
                 self._slot = slot
                 return slot.exit
         except (KeyError, TypeError):
             pass
+        unheld = self._unheld_slot()
+        if unheld is not None:
+            return unheld.exit
         key = self._key
-        self._slot = road = key if isinstance(key, _ByHand) else self._choose(key)
+        if isinstance(key, _ByHand):
+            return self._leave
+        # Other threads may enter this object at the same time: the choice is this thread's.
+        road = self._choose(key)
+        _local.road = self, road
+        self._slot = _USED
         return road.exit
 
     if TYPE_CHECKING:
@@ -223,12 +248,48 @@ class Expiration:
     else:
         __exit__ = _ExitLookup(_look_up_exit)
 
+    def _begin(self, slot: Slot | _ContractBlock | _NoChoice) -> Slot:
+        """Go on off the quiet path: not alone in the thread, or the choice stands elsewhere."""
+        if isinstance(slot, _NoChoice):
+            slot = self._chosen_here()
+            if isinstance(slot, _NoChoice):
+                return self._enter_by_hand()
+        return slot.nest(self)
+
+    def _chosen_here(self) -> Slot | _ContractBlock | _NoChoice:
+        """Find what this thread's look at ``__exit__`` chose, if there was one before."""
+        block, road = _local.road
+        if block is self:
+            _local.road = None, _USED
+            if isinstance(road, Slot):
+                road.block = self
+            return road
+        for slot in _local.all_slots():
+            # Chosen on the quiet path, before another thread looked at this object, too.
+            if slot.block is self and slot.entry != slot.words[slot.entry_at]:
+                return slot
+        return _USED
+
+    def _unheld_slot(self) -> Slot | None:
+        """Find a slot that this object armed and that no `with` statement will disarm.
+
+        That is so if somebody looked at __exit__ without using it, and then entered by hand.
+        """
+        for slot in _local.all_slots():
+            if slot.block is self and slot.words[slot.deadline_at] and not slot.is_held():
+                return slot
+        return None
+
     def _choose(self, key: Hashable) -> Slot | _ContractBlock:
         """Check what the caller gave, and choose where the block's timer will stand."""
         limit = _checked_limit(self._after)
-        code = getattr(self, "_code", None)
         client = getattr(self, "_client", None)
-        scope = _checked_scope(key, code, client is not None)
+        name = key if client is None else key[1]  # type: ignore[index]
+        code = getattr(self, "_code", None)
+        if code is None:
+            scope = Scope(_checked_scope(name), False, client)
+        else:
+            scope = Scope(_place(code, name), True, (code, client))
         if client is not None:
             _check_client(client)
         elif _Configured.client is not None:
@@ -243,9 +304,9 @@ class Expiration:
         else:
             road = client._worker_client() if isinstance(client, TimerClient) else None
             if road is None:
-                return _ContractBlock(client, scope, limit)
+                return _ContractBlock(client, scope.name, limit)
             worker = road
-        slot = worker.choose(key, self._after, limit, scope, code)
+        slot = worker.choose(key, self._after, limit, scope)
         if slot is not VOID_SLOT:
             if len(_local.slots) >= _MOST_CACHED:
                 _local.slots.clear()
@@ -255,9 +316,9 @@ class Expiration:
     def _enter_by_hand(self) -> Slot:
         by_hand = self._key
         if not isinstance(by_hand, _ByHand):
-            by_hand = _ByHand(self, by_hand)
+            by_hand = _ByHand(by_hand)
         chosen = self._choose(by_hand.key)
-        left = threading.get_ident(), chosen.exit
+        left = get_ident(), current_task(), chosen.exit
         by_hand.exits.append(left)
         self._key = by_hand
         try:
@@ -268,14 +329,19 @@ class Expiration:
         return VOID_SLOT
 
     def _leave(self, *exc_info: object) -> None:
+        unheld = self._unheld_slot()
+        if unheld is not None:
+            unheld.exit(*exc_info)
+            return
         by_hand = self._key
         if isinstance(by_hand, _ByHand):
+            here = get_ident(), current_task()
             for left in reversed(by_hand.exits):
-                if left[0] == threading.get_ident():
+                if left[:2] == here:
                     by_hand.exits.remove(left)
                     if not by_hand.exits:
                         self._key = by_hand.key
-                    left[1](*exc_info)
+                    left[2](*exc_info)
                     return
         raise HangwatchError(
             "this thread leaves a block that it has not entered: pair __exit__ with __enter__"
@@ -309,7 +375,7 @@ def expires(
     # class that is called (docs/decisions/0005-expires-is-a-function.md).
     block = Expiration()
     block._after = after
-    block._slot = _UNCHOSEN
+    block._slot = _FRESH
     if scope is None:
         frame = _getframe(1)
         block._code = code = frame.f_code
@@ -319,7 +385,7 @@ def expires(
         block._key = scope
     if client is not None:
         block._client = client
-        block._key = client, block._key
+        block._key = id(client), block._key
     return block
 
 
@@ -360,17 +426,17 @@ def _checked_limit(after: object) -> float:
     return limit
 
 
-def _checked_scope(key: Hashable, code: CodeType | None, named_client: bool) -> str:
-    if named_client:
-        key = key[1]  # type: ignore[index]
-    if code is not None:
-        instruction = key - id(code)  # type: ignore[operator]
-        return f"{code.co_filename}#{_line(code, instruction)}"
-    if not isinstance(key, str):
-        raise TypeError(f"scope must be a string or None, not {type(key).__name__}")
-    if not key:
+def _checked_scope(scope: Hashable) -> str:
+    if not isinstance(scope, str):
+        raise TypeError(f"scope must be a string or None, not {type(scope).__name__}")
+    if not scope:
         raise ValueError("scope must not be empty: leave it out for <file>#<line>")
-    return key
+    return scope
+
+
+def _place(code: CodeType, address: object) -> str:
+    assert isinstance(address, int)
+    return f"{code.co_filename}#{_line(code, address - id(code))}"
 
 
 def _line(code: CodeType, instruction: int) -> int:

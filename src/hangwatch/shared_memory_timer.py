@@ -15,7 +15,7 @@ from hangwatch.worker.client import (
     WorkerClient,
     address_from_environment,
 )
-from hangwatch.worker.page_writer import Slot
+from hangwatch.worker.page_writer import Scope, Slot, current_task
 
 __all__ = ["SharedMemoryTimerClient", "SharedMemoryTimerServer", "serve"]
 
@@ -44,9 +44,13 @@ class SharedMemoryTimerClient(api.TimerClient):
         self._worker = WorkerClient(
             address_from_environment() if address is None else os.fspath(address)
         )
-        self._held: dict[tuple[int, str], list[Slot]] = {}
+        self._held: dict[tuple[int, int, str], list[Slot]] = {}
         if self._worker.address != OFF:
-            self._worker.connect()
+            try:
+                self._worker.connect()
+            except BaseException:
+                self._worker.close()
+                raise
 
     def __repr__(self) -> str:
         return f"<SharedMemoryTimerClient of {self._worker!r}>"
@@ -54,15 +58,29 @@ class SharedMemoryTimerClient(api.TimerClient):
     def acquire(self, scope_id: str, expiration_time: float) -> None:
         """Arm a timer that expires at `expiration_time`, in seconds since the epoch."""
         after = max(expiration_time - time.time(), 1e-9)
-        slot = self._worker.choose((self, scope_id), after, after, scope_id)
-        api.arm(slot)
-        self._held.setdefault((threading.get_ident(), scope_id), []).append(slot)
+        scope = Scope(scope_id, keeps=self)
+        slot = self._worker.choose((id(self), scope_id), after, after, scope)
+        held = self._held.setdefault(self._holder(scope_id), [])
+        held.append(slot)
+        try:
+            api.arm(slot)
+        except BaseException:
+            slot.exit(None, None, None)
+            held.remove(slot)
+            raise
 
     def release(self, scope_id: str) -> None:
-        """Disarm the timer of that name that this thread acquired last, if there is one."""
-        held = self._held.get((threading.get_ident(), scope_id))
+        """Disarm the timer of that name that this thread, or task, acquired last, if any."""
+        holder = self._holder(scope_id)
+        held = self._held.get(holder)
         if held:
             held.pop().exit(None, None, None)
+            if not held:
+                del self._held[holder]
+
+    @staticmethod
+    def _holder(scope_id: str) -> tuple[int, int, str]:
+        return threading.get_ident(), current_task(), scope_id
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)

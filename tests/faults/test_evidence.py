@@ -65,9 +65,10 @@ with hangwatch.expires(0.3, "too deep"): deeper(150)
 
 CLOSED = """
 import os, sys, time, hangwatch
+from hangwatch.worker import stack_channel
 from hangwatch.worker.client import client_at
 with hangwatch.expires(30, "connect"): pass
-fd = client_at(os.environ["HANGWATCH_ADDRESS"])._stacks.channel.fd
+fd = stack_channel.open_channel().fd
 os.close(fd)
 if sys.argv[1:]:
     checkpoint = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
@@ -108,9 +109,10 @@ def test_a_replaced_signal_handler_is_no_harm(
         watcher,
         f"""
 import os, signal, time, hangwatch
+from hangwatch.worker import stack_channel
 from hangwatch.worker.client import client_at
 with hangwatch.expires(30, "connect"): pass
-channel = client_at(os.environ["HANGWATCH_ADDRESS"])._stacks.channel
+channel = stack_channel.open_channel()
 for number in (channel.own, channel.all): signal.signal(number, {handler})
 with hangwatch.expires(0.3, "replaced"): time.sleep(1000)
 """,
@@ -212,6 +214,7 @@ WORKER = '''
 import os, sys, time, hangwatch
 block = hangwatch.expires(1.0, "before exec")
 block.__enter__()
+from hangwatch.worker import stack_channel
 from hangwatch.worker.client import client_at
 client = client_at(os.environ["HANGWATCH_ADDRESS"])
 os.set_inheritable(client._socket.fileno(), True)

@@ -15,8 +15,9 @@ PRELUDE = """
 import gc, os, signal, subprocess, sys, threading, time
 import hangwatch
 from hangwatch.watch.page_reader import PageReader
+from hangwatch.worker import stack_channel
 from hangwatch.worker.client import client_at
-def reader(): return PageReader(client_at(os.environ["HANGWATCH_ADDRESS"]).page.descriptor)
+def reader(): return PageReader(client_at(os.environ["HANGWATCH_ADDRESS"]).page.descriptor.number)
 def scopes(page): return sorted(page.details(slot).scope for slot in page.armed())
 def wait(child):
     _, status = os.waitpid(child, 0)
@@ -85,7 +86,8 @@ def test_a_child_starts_with_nothing_of_its_parent_s(watcher: RunningWatcher) ->
         """
 with hangwatch.expires(60, "connect"): pass
 client = client_at(os.environ["HANGWATCH_ADDRESS"])
-socket, channel, page = client._socket.fileno(), client._stacks.channel, client.page.descriptor
+socket, channel = client._socket.fileno(), stack_channel.open_channel()
+page = client.page.descriptor.number
 child = os.fork()
 if child == 0:
     for descriptor in (socket, channel.fd, page):

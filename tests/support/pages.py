@@ -22,7 +22,7 @@ class QuietClient(WorkerClient):
 
     def reader(self) -> PageReader:
         """Return this process's page as the watcher reads it."""
-        return PageReader(self.page.descriptor)
+        return PageReader(self.page.descriptor.number)
 
     def armed(self) -> dict[str, int]:
         """Return how many watched blocks each scope has open."""
@@ -37,11 +37,12 @@ class QuietClient(WorkerClient):
 
 
 @contextmanager
-def quiet_page() -> Iterator[QuietClient]:
+def quiet_page(page_made: bool = True) -> Iterator[QuietClient]:
     """Make the environment name a client whose page nobody watches, and yield it."""
     address = f"/nowhere/{os.getpid()}/{time.monotonic_ns()}"
     client = QuietClient(address)
-    client.page.words[page.WATCH_UNTIL] = time.monotonic() + 1e6
+    if page_made:
+        client.page.words[page.WATCH_UNTIL] = time.monotonic() + 1e6
     before = os.environ.get(ADDRESS_VARIABLE)
     os.environ[ADDRESS_VARIABLE] = address
     monkeypatch = pytest.MonkeyPatch()

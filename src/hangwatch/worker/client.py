@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import socket
+import threading
 import weakref
 from collections.abc import Hashable
 from time import monotonic
@@ -12,8 +11,9 @@ from time import monotonic
 from hangwatch import linux
 from hangwatch.errors import HangwatchError, NotConfiguredError
 from hangwatch.worker import connection, stack_channel
+from hangwatch.worker.connection import WatcherSocket
 from hangwatch.worker.labels import labels_from
-from hangwatch.worker.page_writer import VOID_SLOT, PageWriter, Slot
+from hangwatch.worker.page_writer import VOID_SLOT, PageWriter, Scope, Slot, void_slot
 
 ADDRESS_VARIABLE = "HANGWATCH_ADDRESS"
 OFF = "off"
@@ -33,8 +33,9 @@ class WorkerClient:
     def __init__(self, address: str) -> None:
         self.address = address
         self._page: PageWriter | None = None
-        self._stacks: stack_channel.StackWriter | None = None
-        self._socket: socket.socket | None = None
+        self._page_again = 0.0
+        self._making = threading.RLock()
+        self._socket: WatcherSocket | None = None
         self._try_at = 0.0
         self._warned: set[str] = set()
         _clients.add(self)
@@ -45,25 +46,35 @@ class WorkerClient:
 
     @property
     def page(self) -> PageWriter:
-        """This process's page; it is made at the first arm."""
+        """This process's page; it is made at the first arm.
+
+        Raises:
+            OSError, ImportError: it can't be made.
+        """
         if self._page is None:
-            self._page = PageWriter(self.ring, self._warn_full)
+            # Two pages would be one too many: the watcher knows one. The lock is taken
+            # and given back in C, so no exception can leave it held.
+            with self._making:
+                if self._page is None:
+                    self._page = PageWriter(self.ring, self._warn_full)
         return self._page
 
-    def choose(
-        self, key: Hashable, after: object, limit: float, scope: str, code: object = None
-    ) -> Slot:
+    def choose(self, key: Hashable, after: object, limit: float, scope: Scope) -> Slot:
         """Claim a slot for a block, see `PageWriter.choose`; never fails for want of a watcher."""
         if self.address == OFF:
-            return VOID_SLOT
-        try:
-            page = self.page
-        except OSError as error:
-            self._warn_once("page", f"no memory for a page of timers ({error.strerror})")
-            return VOID_SLOT
+            return void_slot(key, after, scope.keeps)
+        if self._page is None:
+            if monotonic() < self._page_again:
+                return VOID_SLOT
+            try:
+                _ = self.page
+            except (OSError, ImportError) as error:
+                self._page_again = monotonic() + _TRY_AGAIN_AFTER
+                self._warn_once("page", f"no page of timers can be made ({error})")
+                return VOID_SLOT
         if self._socket is None:
             self.ring()  # connect before the block's time begins
-        return page.choose(key, after, limit, scope, code)
+        return self.page.choose(key, after, limit, scope)
 
     def ring(self) -> None:
         """Have the watcher look at this process's page, connecting first if need be."""
@@ -79,7 +90,7 @@ class WorkerClient:
             except (HangwatchError, OSError) as error:
                 self._try_at = monotonic() + _TRY_AGAIN_AFTER
                 self._warn_once("connect", str(error))
-        elif not connection.ring(watcher):
+        elif not watcher.ring():
             self._socket = None
             self._try_at = monotonic() + _TRY_AGAIN_AFTER
             self._warned.discard("connect")
@@ -93,30 +104,36 @@ class WorkerClient:
             HangwatchError: see `connection.connect`.
             OSError: no memory or no descriptor is left for a page.
         """
-        page = self.page
-        if self._stacks is None:
-            self._stacks = stack_channel.open_channel()
-        self._socket = connection.connect(
+        watcher = connection.connect(
             self.address,
-            page.descriptor,
-            None if self._stacks is None else self._stacks.channel,
+            self.page.descriptor.number,
+            stack_channel.open_channel(),
             linux.register_fence(),
             labels_from(os.environ),
         )
+        self._socket = watcher
+        # Who armed while we were at it had nobody to ring.
+        watcher.ring()
         self._warned.discard("lost")
+
+    def close(self) -> None:
+        """Let go of the page and the connection."""
+        page, watcher = self._page, self._socket
+        self._page = self._socket = None
+        if page is not None:
+            page.descriptor.close()
+        if watcher is not None:
+            watcher.close()
 
     def forget_parent(self) -> None:
         """In a forked child: touch nothing of the parent's, and start anew."""
-        page, stacks, watcher = self._page, self._stacks, self._socket
-        self._page = self._stacks = self._socket = None
-        self._try_at = 0.0
+        page = self._page
+        self._making = threading.RLock()
+        self._try_at = self._page_again = 0.0
         self._warned = set()
         if page is not None:
             page.make_private()
-        if stacks is not None:
-            stacks.forget()
-        if watcher is not None:
-            watcher.close()
+        self.close()
 
     def _warn_full(self) -> None:
         self._warn_once("full", "as many blocks are open as a page has slots; this one")
@@ -137,15 +154,19 @@ _clients: weakref.WeakSet[WorkerClient] = weakref.WeakSet()
 def _after_fork() -> None:
     for client in list(_clients):
         client.forget_parent()
+    stack_channel.forget_channel()
 
 
 os.register_at_fork(after_in_child=_after_fork)
 
 
-@functools.cache
+_by_address: dict[str, WorkerClient] = {}
+
+
 def client_at(address: str) -> WorkerClient:
     """Return this process's one client for an address from the environment."""
-    return WorkerClient(address)
+    client = _by_address.get(address)
+    return _by_address.setdefault(address, WorkerClient(address)) if client is None else client
 
 
 def address_from_environment() -> str:

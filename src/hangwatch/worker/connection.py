@@ -15,6 +15,7 @@ import sys
 from time import monotonic, sleep
 
 from hangwatch.errors import AddressError, ProtocolError, WatcherUnavailableError
+from hangwatch.worker.own_descriptor import OwnDescriptor
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def connect(
     stacks: StackChannel | None,
     fenced: bool,
     labels: dict[str, str],
-) -> socket.socket:
+) -> WatcherSocket:
     """Connect to the watcher at `address` and hand it this process's page.
 
     Args:
@@ -44,7 +45,7 @@ def connect(
         labels: what the watcher's reports call this process.
 
     Returns:
-        The connected, non-blocking socket.
+        The connection.
 
     Raises:
         AddressError: the address can't be a watcher's: whoever set it is at fault.
@@ -81,25 +82,43 @@ def connect(
         connection.close()
         raise
     connection.setblocking(False)
-    return connection
+    return WatcherSocket(connection)
 
 
-def ring(connection: socket.socket) -> bool:
-    """Ask the watcher to look at this process's page.
+class WatcherSocket:
+    """The connection to the watcher, once we are welcome."""
 
-    A full socket is a ring that the watcher has not heard yet: enough.
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._descriptor = OwnDescriptor(connection.fileno())
 
-    Returns:
-        False if the watcher is gone.
-    """
-    try:
-        connection.send(RING, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-    except BlockingIOError:
+    def ring(self) -> bool:
+        """Ask the watcher to look at this process's page.
+
+        A full socket is a ring that the watcher has not heard yet: enough.
+
+        Returns:
+            False if the watcher is gone, or the program closed the descriptor.
+        """
+        if not self._descriptor.is_ours():
+            return False
+        try:
+            self._socket.send(RING, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            # Out of socket memory for the moment is not gone.
+            return error.errno in (errno.ENOBUFS, errno.ENOMEM, errno.EINTR)
         return True
-    except OSError as error:
-        # Out of socket memory for the moment is not gone.
-        return error.errno in (errno.ENOBUFS, errno.ENOMEM, errno.EINTR)
-    return True
+
+    def fileno(self) -> int:
+        """Return the descriptor's number."""
+        return self._descriptor.number
+
+    def close(self) -> None:
+        """Hang up, unless the number is somebody else's by now."""
+        self._socket.detach()
+        self._descriptor.close()
 
 
 def _open(address: str, until: float) -> socket.socket:

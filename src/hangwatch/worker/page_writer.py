@@ -26,11 +26,30 @@ from functools import partial
 from math import inf
 
 from hangwatch import linux, page
+from hangwatch.worker.own_descriptor import OwnDescriptor
 
 # How many scopes a thread that is in none of them keeps slots for; the next one
 # takes the slot that waited longest.
-_KEPT_PER_THREAD = 8
+_KEPT_PER_THREAD = 16
+_LOOKED_AT = 16
 _TAKEN = object()
+
+
+class Scope:
+    """A block's name.
+
+    Args:
+        name: as reports show it.
+        is_place: whether it is a file and line, whose end tells more than its beginning.
+        keeps: what its key speaks of by identity, to be kept alive.
+    """
+
+    __slots__ = ("is_place", "keeps", "name")
+
+    def __init__(self, name: str, is_place: bool = False, keeps: object = None) -> None:
+        self.name = name
+        self.is_place = is_place
+        self.keeps = keeps
 
 
 class Slot:
@@ -41,7 +60,8 @@ class Slot:
         after: the block's `after` as the caller gave it; `_TAKEN` once another scope, or
             another thread, has the place.
         limit: the same in seconds.
-        code: the code object that a default scope's key speaks of, kept alive here.
+        keeps: what `key` speaks of by its identity, kept alive here.
+        block: the Expiration that chose this slot last.
         entry: what the next arming will store. It is ahead of the page's from the
             moment a block chose this slot until it is armed.
         exit: disarms in one call of C code, so that nothing can interrupt it halfway.
@@ -51,7 +71,7 @@ class Slot:
 
     __slots__ = (
         "after",
-        "code",
+        "block",
         "deadline_at",
         "enclosing",
         "enclosing_entry",
@@ -59,6 +79,7 @@ class Slot:
         "entry_at",
         "exit",
         "index",
+        "keeps",
         "key",
         "limit",
         "memory",
@@ -76,7 +97,7 @@ class Slot:
         key: Hashable,
         after: object,
         limit: float,
-        code: object = None,
+        keeps: object = None,
     ) -> None:
         self.thread = thread
         self.index = index
@@ -91,7 +112,8 @@ class Slot:
         self.key = key
         self.after = after
         self.limit = limit
-        self.code = code
+        self.keeps = keeps
+        self.block: object = None
         self.entry = page.next_generation(self.words[self.entry_at])
         self.enclosing: Slot | None = None
         self.enclosing_entry = 0.0
@@ -113,10 +135,17 @@ class Slot:
             entry, slot = slot.enclosing_entry, slot.enclosing
         return False
 
+    def is_held(self) -> bool:
+        """Tell whether somebody besides this slot holds `exit`, and may yet call it.
+
+        A `with` statement does while its block lasts, also in a generator that waits.
+        """
+        return sys.getrefcount(self.exit) > 2  # the attribute, and the argument of the call
+
     def nest(self, block: object) -> Slot:
         """Note which open block of this thread, or asyncio task, is around this one."""
         thread = self.thread
-        task = _current_task()
+        task = current_task()
         stack = thread.stack_of(task)
         for depth, (slot, entry) in enumerate(stack):
             if not slot.is_open(entry):
@@ -150,9 +179,13 @@ class ThreadSlots:
         self.native_id = threading.get_native_id()
         self.name = threading.current_thread().name
         self.slots: dict[Hashable, Slot] = {}
-        self.others: list[Slot] = []
+        self.others: deque[Slot] = deque()
         self.stacks: dict[int, list[tuple[Slot, float]]] = {}
         self.alone: Slot | None = None
+
+    def all_slots(self) -> list[Slot]:
+        """Return the slots that no other thread has taken."""
+        return [slot for slot in (*self.slots.values(), *self.others) if slot.after is not _TAKEN]
 
     def stack_of(self, task: int) -> list[tuple[Slot, float]]:
         """Return the stack of open blocks of `task`, to be changed in place."""
@@ -181,23 +214,30 @@ class ThreadSlots:
         """
         if len(self.others) >= self._sweep_at:
             self._disarm_left_behind()
-        for slot in reversed(self.others):
-            if slot.words[slot.deadline_at] == 0.0:
-                self.others.remove(slot)
-                return None if slot.after is _TAKEN else slot
+        # A few at a time: with many blocks open, others come up at the next look.
+        for _ in range(min(_LOOKED_AT, len(self.others))):
+            slot = self.others.pop()
+            if slot.words[slot.deadline_at] == 0.0 and slot.after is not _TAKEN:
+                return slot
+            if slot.after is not _TAKEN:
+                self.others.appendleft(slot)
         if len(self.slots) < _KEPT_PER_THREAD:
             return None
         for kept, slot in list(self.slots.items()):
             if slot.words[slot.deadline_at] == 0.0:
                 del self.slots[kept]
-                return None if slot.after is _TAKEN else slot
+                return slot
         return None
 
     _sweep_at = 64
 
     def _disarm_left_behind(self) -> None:
-        for slot in self.others:
-            if slot.after is not _TAKEN and not slot.is_watched(slot.words[slot.entry_at]):
+        for slot in list(self.others):
+            entry = slot.words[slot.entry_at]
+            if slot.is_watched(entry) or slot.is_held():
+                continue
+            # No calls: the place may just have gone to another thread.
+            if slot.after is not _TAKEN and slot.words[slot.entry_at] == entry:
                 slot.words[slot.deadline_at] = 0.0
         self._sweep_at = 64 + 2 * len(self.others)
 
@@ -222,8 +262,9 @@ class _ThreadEnd:
         # and the page is still its parent's then.
         if os.getpid() != self.pid:
             return
-        for slot in (*self.thread.slots.values(), *self.thread.others):
-            if slot.after is not _TAKEN:
+        for slot in self.thread.all_slots():
+            # A block that somebody can still leave, a generator's, stays as it is.
+            if not slot.is_held():
                 slot.after = _TAKEN
                 slot.words[slot.deadline_at] = 0.0
                 self.writer.freed.append(slot.index)
@@ -250,8 +291,8 @@ class PageWriter:
     """
 
     def __init__(self, ring: Callable[[], None], on_full: Callable[[], None]) -> None:
-        self.descriptor = page.create_memfd()
-        self.memory = memoryview(mmap.mmap(self.descriptor, page.PAGE_BYTES))
+        self.descriptor = OwnDescriptor(page.create_memfd())
+        self.memory = memoryview(mmap.mmap(self.descriptor.number, page.PAGE_BYTES))
         self.words = self.memory.cast("d")
         self.freed: deque[int] = deque()
         self._address = linux.address_of(self.memory)
@@ -261,9 +302,7 @@ class PageWriter:
         self._slots: dict[int, Slot] = {}
         self._per_thread = _PerThread()
 
-    def choose(
-        self, key: Hashable, after: object, limit: float, scope: str, code: object = None
-    ) -> Slot:
+    def choose(self, key: Hashable, after: object, limit: float, scope: Scope) -> Slot:
         """Claim a slot of the calling thread that is not armed.
 
         Args:
@@ -271,8 +310,6 @@ class PageWriter:
             after: the block's `after` as the caller gave it.
             limit: the same in seconds.
             scope: the block's name.
-            code: for a default scope, the code object whose identity is in `key`; the
-                slot keeps it alive.
 
         Returns:
             The slot, its `entry` ahead of the page's: the caller arms it. It is a slot
@@ -292,7 +329,7 @@ class PageWriter:
                     return slot
             slot = thread.unused(key)
             if slot is None or slot.key != key or slot.after != after:
-                slot = self._move_in(thread, slot, key, after, limit, scope, code)
+                slot = self._move_in(thread, slot, key, after, limit, scope)
                 if slot is None:
                     self._on_full()
                     return VOID_SLOT
@@ -304,7 +341,7 @@ class PageWriter:
         The mapping itself is the one cell through which all handles reach the page.
         """
         linux.make_private(self._address, page.PAGE_BYTES)
-        os.close(self.descriptor)
+        self.descriptor.close()
 
     def _move_in(
         self,
@@ -313,20 +350,20 @@ class PageWriter:
         key: Hashable,
         after: object,
         limit: float,
-        scope: str,
-        code: object,
+        scope: Scope,
     ) -> Slot | None:
         """Give a scope the place that another of this thread had, or a free one."""
         slot = index = None
         try:
-            if before is None:
+            # No calls: another thread may have taken the place since.
+            if before is not None and before.after is not _TAKEN:
+                index = before.index
+                before.after = _TAKEN
+            else:
                 index = self._free_index()
                 if index is None:
                     return None
-            else:
-                index = before.index
-                before.after = _TAKEN
-            slot = Slot(thread, index, self.memory, self._ring, key, after, limit, code)
+            slot = Slot(thread, index, self.memory, self._ring, key, after, limit, scope.keeps)
             # The new generation goes first: who reads the rest in between sees it change.
             self.words[slot.entry_at] = slot.entry
             details = page.SlotDetails(
@@ -334,9 +371,9 @@ class PageWriter:
                 ident=thread.ident,
                 native_id=thread.native_id,
                 thread_name=thread.name,
-                scope=scope,
+                scope=scope.name,
             )
-            page.write_details(self.memory, index, details, keep_end=code is not None)
+            page.write_details(self.memory, index, details, keep_end=scope.is_place)
             self._slots[index] = slot
             # No calls: two threads may come here with neighbouring indices.
             if self.words[page.SLOTS_IN_USE] <= index:
@@ -373,26 +410,46 @@ class PageWriter:
 _GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
-def _current_task() -> int:
+def _no_loop() -> None:
+    return None
+
+
+class Asyncio:
+    """What asyncio's C code says of this thread, as soon as we have seen it imported.
+
+    Attributes:
+        running_loop: returns the loop that runs in this thread, or None.
+    """
+
+    running_loop: Callable[[], object] = staticmethod(_no_loop)
+    seen = False
+
+
+def current_task() -> int:
+    """Return the identity of the asyncio task that runs in this thread; 0 outside of a loop."""
     asyncio = sys.modules.get("asyncio")
     if asyncio is None:
         return 0
     try:
+        Asyncio.running_loop = staticmethod(asyncio.events._get_running_loop)
+        Asyncio.seen = True
         return id(asyncio.current_task())
     except (RuntimeError, AttributeError):  # no loop runs here; half imported
         return 0
 
 
-def _make_void_slot() -> Slot:
+def void_slot(key: Hashable = None, after: object = _TAKEN, keeps: object = None) -> Slot:
+    """Make a slot of the calling thread that nobody watches.
+
+    Its limit is infinite and so is its memory's watch_until: arming it is always quiet.
+    """
     memory = memoryview(bytearray(page.HEADER_BYTES + page.SLOT_BYTES))
     memory.cast("d")[page.WATCH_UNTIL] = inf
     thread = ThreadSlots()
-    thread.alone = Slot(thread, 0, memory, lambda: None, None, _TAKEN, inf)
-    return thread.alone
+    slot = thread.alone = Slot(thread, 0, memory, lambda: None, key, after, inf, keeps)
+    thread.others.append(slot)
+    return slot
 
 
-VOID_SLOT = _make_void_slot()
-"""The slot that nobody watches; blocks that need none share it.
-
-Its limit is infinite and so is its memory's watch_until: arming it is always quiet.
-"""
+VOID_SLOT = void_slot()
+"""The slot of all blocks that have no place in the page."""

@@ -10,50 +10,58 @@ import fcntl
 import os
 import signal
 
+from hangwatch.worker.own_descriptor import OwnDescriptor
+
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
-    pass
+    from hangwatch.wire import StackChannel
 
 # The top real-time signals, from the second highest down: the lowest belong to the C
 # library, the highest is the one that programs pick first.
 _CANDIDATES = range(signal.SIGRTMAX - 1, signal.SIGRTMIN + 2, -1)
 
 
-class StackWriter:
-    """The open channel of this process; `channel` is what the watcher is told."""
+class _Channel:
+    """The channel of this process; there is one, however many clients it has."""
 
-    def __init__(self, descriptor: int, own: int, all_threads: int) -> None:
-        from hangwatch.wire import StackChannel
-
-        self.channel = StackChannel(descriptor, own, all_threads)
-
-    def forget(self) -> None:
-        """In a forked child: let go of the parent's channel."""
-        import faulthandler
-
-        faulthandler.unregister(self.channel.own)
-        faulthandler.unregister(self.channel.all)
-        os.close(self.channel.fd)
+    descriptor: OwnDescriptor | None = None
+    signals = (0, 0)
 
 
-def open_channel() -> StackWriter | None:
-    """Register the two signals; None if no two of them are free or nothing can be opened."""
+def open_channel() -> StackChannel | None:
+    """Register the two signals, the first time; None if that is not possible."""
     import faulthandler
 
-    taken = _caught_or_ignored()
-    free = [number for number in _CANDIDATES if number not in taken][:2]
-    if len(free) < 2:
-        return None
-    own, all_threads = free
-    try:
-        descriptor = os.memfd_create("hangwatch-stacks", os.MFD_CLOEXEC)
-    except OSError:
-        return None
-    # Appending: a reader may truncate what it has read.
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)
-    faulthandler.register(own, descriptor, all_threads=False)
-    faulthandler.register(all_threads, descriptor, all_threads=True)
-    return StackWriter(descriptor, own, all_threads)
+    from hangwatch import wire
+
+    if _Channel.descriptor is None:
+        taken = _caught_or_ignored()
+        free = [number for number in _CANDIDATES if number not in taken][:2]
+        if len(free) < 2:
+            return None
+        own, all_threads = free
+        try:
+            descriptor = os.memfd_create("hangwatch-stacks", os.MFD_CLOEXEC)
+        except OSError:
+            return None
+        # Appending: a reader may truncate what it has read.
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)
+        faulthandler.register(own, descriptor, all_threads=False)
+        faulthandler.register(all_threads, descriptor, all_threads=True)
+        _Channel.descriptor = OwnDescriptor(descriptor)
+        _Channel.signals = own, all_threads
+    return wire.StackChannel(_Channel.descriptor.number, *_Channel.signals)
+
+
+def forget_channel() -> None:
+    """In a forked child: let go of the parent's channel."""
+    import faulthandler
+
+    descriptor, _Channel.descriptor = _Channel.descriptor, None
+    if descriptor is not None:
+        for number in _Channel.signals:
+            faulthandler.unregister(number)
+        descriptor.close()
 
 
 def _caught_or_ignored() -> set[int]:
