@@ -33,6 +33,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+from math import isfinite
 
 VERSION = 1
 MAGIC = b"hangwat" + bytes([VERSION])
@@ -157,8 +158,8 @@ def next_generation(entry: float) -> float:
 
 
 def times_entered(entry: float) -> int:
-    """Return how often this scope was entered in this slot."""
-    return int(entry % GENERATION)
+    """Return how often this scope was entered in this slot; 0 for what is no number."""
+    return int(entry % GENERATION) if isfinite(entry) else 0
 
 
 def cut(text: str, room: int, *, keep_end: bool = False) -> bytes:
@@ -220,7 +221,7 @@ def read_details(memory: memoryview, index: int) -> SlotDetails:
     at = slot_byte(index)
     limit, ident, native_id, flags, signal = _DETAILS.unpack_from(memory, at + _DETAILS_AT)
     return SlotDetails(
-        limit=limit,
+        limit=limit if isfinite(limit) else 0.0,
         ident=ident,
         native_id=native_id,
         thread_name=_text(memory, at + _THREAD_AT, _THREAD_BYTES),

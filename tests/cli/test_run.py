@@ -48,16 +48,79 @@ def test_the_status_is_the_command_s(tmp_path: Path, command: list[str], status:
 
 
 def test_125_where_hangwatch_itself_fails(tmp_path: Path) -> None:
-    result = run(
-        "--",
-        "touch",
-        str(tmp_path / "started"),
-        env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path / ("x" * 120))},
-    )
+    with tempfile.TemporaryDirectory(prefix="hw-") as runtime:
+        (Path(runtime) / "hangwatch").mkdir()
+        (Path(runtime) / "hangwatch").chmod(0o755)
+        result = run(
+            *("--", "touch", str(tmp_path / "started")),
+            env={**os.environ, "XDG_RUNTIME_DIR": runtime},
+        )
     assert result.returncode == 125
     assert "the command was not started" in result.stderr
-    assert "107 bytes" in result.stderr
+    assert "chmod 700" in result.stderr
     assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("runtime", ["missing", "x" * 120])
+def test_a_runtime_folder_that_can_t_be_used_is_no_obstacle(tmp_path: Path, runtime: str) -> None:
+    if runtime != "missing":
+        (tmp_path / runtime).mkdir(mode=0o700)
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path / runtime)}
+    result = run("--", "sh", "-c", "echo $HANGWATCH_ADDRESS", env=environment)
+    assert result.returncode == 0
+    assert result.stdout.startswith(f"/tmp/hangwatch-{os.geteuid()}/")
+
+
+def shell(script: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a shell script in which $RUN is `hangwatch run`."""
+    options.setdefault("timeout", 40)
+    return subprocess.run(  # type: ignore[call-overload,no-any-return]
+        ["bash", "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "RUN": " ".join(RUN)},
+        **options,
+    )
+
+
+def test_an_ignored_sigchld_does_no_harm() -> None:
+    script = 'import time, hangwatch\\nwith hangwatch.expires(0.3, "stuck"): time.sleep(1000)'
+    result = shell(
+        f"trap '' CHLD; $RUN --report-dir $(mktemp -d) -- {sys.executable} -c $'{script}'"
+    )
+    assert result.returncode == 128 + 9, result.stderr
+    assert "overran 'stuck'" in result.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_do_no_harm(closed: str) -> None:
+    assert shell(f"$RUN -- sh -c 'exit 7' {closed}").returncode == 7
+    missing = shell(f"$RUN -- no-such-command {closed}")
+    assert (missing.returncode, missing.stdout) == (127, "")
+
+
+def test_a_command_that_is_stopped_and_continued_is_waited_for() -> None:
+    result = shell("$RUN -- sh -c '(sleep 1; kill -CONT $$) & kill -STOP $$; exit 7'")
+    assert result.returncode == 7
+
+
+def test_an_empty_command_is_not_found() -> None:
+    result = run("--", "")
+    assert result.returncode == 127
+    assert "Traceback" not in result.stderr
+
+
+def test_a_terminal_that_hangs_up_ends_the_command(tmp_path: Path) -> None:
+    pid, master = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        script = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(1000)"
+        os.execv(sys.executable, [*RUN, "--", sys.executable, "-c", script])
+    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "the start")
+    os.close(master)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
 
 
 @pytest.mark.parametrize(

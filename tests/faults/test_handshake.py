@@ -153,6 +153,10 @@ def test_a_page_of_nonsense_harms_only_its_owner(served: RunningWatcher) -> None
         "random": fill,
         "nan": struct.pack("=d", float("nan")) * (len(fill) // 8),
         "inf": struct.pack("=d", float("inf")) * (len(fill) // 8),
+        "entry without end": struct.pack("=4d", 1.0, 0, float("inf"), float("nan")).ljust(
+            page.SLOT_BYTES, b"\0"
+        )
+        * page.CAPACITY,
         "cycle": (struct.pack("=3d", 1e18, 0, 1) + b"\0" * 32 + struct.pack("=Qd", 1, 1.0)).ljust(
             page.SLOT_BYTES, b"\0"
         )

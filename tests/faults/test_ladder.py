@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -338,6 +339,27 @@ class TestFrozen:
         assert worker.wait(30) == -9
         worker.stdout.close()
         assert len(watcher.reports()) == 1
+
+
+def test_a_watcher_with_no_descriptor_left_still_kills(
+    start_watcher: StartWatcher, capfd: pytest.CaptureFixture[str]
+) -> None:
+    watcher = start_watcher()
+    pid = watcher.server.pid
+    assert pid is not None
+    worker = watcher.python(
+        "-c",
+        "import time, hangwatch\n"
+        "with hangwatch.expires(1.5, 'x'):\n    print('in', flush=True); time.sleep(1000)",
+    )
+    assert worker.stdout is not None
+    worker.stdout.readline()
+    used = max(int(name) for name in os.listdir(f"/proc/{pid}/fd")) + 1
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (used, used))
+    assert worker.wait(30) == -9
+    worker.stdout.close()
+    watcher.server.stop()
+    assert f"worker {worker.pid} overran 'x'" in capfd.readouterr().err
 
 
 def test_a_report_folder_that_can_t_be_written(

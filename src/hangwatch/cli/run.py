@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import signal
-import sys
 import time
 
 from hangwatch import linux
@@ -29,12 +29,15 @@ def run_watched(
     command: list[str], report_dir: str, on_expiry: str, grace: float, tree: bool
 ) -> int:
     """Run `command` watched; see the command line's help for the exit status."""
+    _open_standard_streams()
     inherited = signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
+    # Ignored, children would vanish without a word.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         linux.become_subreaper()
         watcher = WatcherProcess(report_dir, on_expiry, grace, tree)
     except (HangwatchError, OSError) as error:
-        print(f"hangwatch: {error}; the command was not started", file=sys.stderr)
+        _say(f"{error}; the command was not started")
         return 125
     try:
         early = signal.sigtimedwait(_FORWARDED, 0)
@@ -49,9 +52,10 @@ def run_watched(
                 setsigmask=inherited,
                 setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
             )
-        except OSError as error:
-            print(f"hangwatch: {command[0]}: {error.strerror}", file=sys.stderr)
-            return 127 if error.errno in (errno.ENOENT, errno.ENOTDIR) else 126
+        except (OSError, ValueError) as error:
+            code = error.errno if isinstance(error, OSError) else errno.ENOENT
+            _say(f"{command[0]!r}: {os.strerror(code or errno.ENOENT)}")
+            return 127 if code in (errno.ENOENT, errno.ENOTDIR) else 126
         status = _wait(pid, watcher)
         _end_orphans(watcher.pid)
     finally:
@@ -59,27 +63,47 @@ def run_watched(
     return status if status >= 0 else 128 - status
 
 
+def _say(what: str) -> None:
+    """Tell the user, if there is somebody to read it, and never wait for them."""
+    data = f"hangwatch: {what}\n".encode(errors="backslashreplace")
+    poll = select.poll()
+    poll.register(2, select.POLLOUT)
+    with contextlib.suppress(OSError):
+        if any(event & select.POLLOUT for _, event in poll.poll(0)):
+            os.write(2, data)
+
+
+def _open_standard_streams() -> None:
+    # A pipe of ours must not get the number of a stream that the user closed.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+
+
 def _wait(command: int, watcher: WatcherProcess) -> int:
     """Wait for the command, passing on signals, reaping whatever falls to us."""
+    leads_session = os.getsid(0) == os.getpid()
     warned = False
     while True:
         news = signal.sigwaitinfo(_AWAITED)
-        if news.si_signo in _FORWARDED and news.si_code != _SI_KERNEL:
-            with contextlib.suppress(ProcessLookupError):
+        # What the kernel sends, a terminal's keys, goes to the command without us; but of
+        # a terminal that hung up it tells the session's leader alone.
+        by_kernel = news.si_code == _SI_KERNEL
+        hung_up = news.si_signo == signal.SIGHUP and leads_session
+        if news.si_signo != signal.SIGCHLD and (not by_kernel or hung_up):
+            # Not ours to signal any more, if it is another user's by now, or gone.
+            with contextlib.suppress(OSError):
                 os.kill(command, news.si_signo)
-        elif news.si_signo == signal.SIGTSTP and news.si_code != _SI_KERNEL:
-            os.kill(command, signal.SIGTSTP)
-        elif news.si_signo == signal.SIGCONT:
-            os.kill(command, signal.SIGCONT)
         status = _reap(command, watcher.pid)
         if status is not None:
             return status
         if not warned and watcher.ended() is not None:
             warned = True
-            print("hangwatch: the watcher died; the command runs on unwatched", file=sys.stderr)
+            _say("the watcher died; the command runs on unwatched")
 
 
 def _reap(command: int, watcher: int) -> int | None:
+    """Take what has happened to our children; return the command's status if it ended."""
     while True:
         # A look first: the watcher's own end is for its Popen to see.
         try:
@@ -88,20 +112,17 @@ def _reap(command: int, watcher: int) -> int | None:
             return None
         if news is None:
             return None
-        if news.si_pid == watcher:
-            # It can't be taken out of the queue before others without being waited for.
-            return _reap_one(command)
-        _, status = os.waitpid(news.si_pid, os.WUNTRACED)
-        if os.WIFSTOPPED(status):
-            if news.si_pid == command:
+        # The watcher can't be taken out of the queue before the others; they come next time.
+        pid = command if news.si_pid == watcher else news.si_pid
+        pid, status = os.waitpid(pid, os.WUNTRACED | os.WNOHANG)
+        if pid == command and os.WIFSTOPPED(status):
+            # By the terminal, as a job, and so are we. SIGSTOP was meant for it alone.
+            if os.WSTOPSIG(status) in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
                 os.kill(os.getpid(), signal.SIGSTOP)
-        elif news.si_pid == command:
+        elif pid == command:
             return os.waitstatus_to_exitcode(status)
-
-
-def _reap_one(command: int) -> int | None:
-    pid, status = os.waitpid(command, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if pid else None
+        elif pid == 0 and news.si_pid == watcher:
+            return None
 
 
 def _end_orphans(watcher: int) -> None:

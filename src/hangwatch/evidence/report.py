@@ -10,7 +10,7 @@ from hangwatch.evidence.model import SCHEMA, Outcome, Report, ThreadStack
 
 _ENDINGS = {
     Outcome.REAPED: "killed, its death confirmed {last}",
-    Outcome.RECOVERED: "the block ended by itself {last}; left alone",
+    Outcome.RECOVERED: "the block ended {last}; left alone from then on",
     Outcome.REPORTED: "reported only, left alone",
     Outcome.GONE: "it died otherwise {last}",
     Outcome.UNKILLABLE: "SIGKILL has not ended it {last}; trying again",

@@ -15,8 +15,17 @@ LONGEST = 107  # unix(7): sun_path is 108 bytes, the last one NUL
 
 def default_directory() -> str:
     """Return this user's folder for sockets; it may not exist yet."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return f"{runtime}/hangwatch" if runtime else f"/tmp/hangwatch-{os.geteuid()}"
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    try:
+        # After su, or on another node, it may name what is not there or not ours.
+        usable = bool(runtime) and os.stat(runtime).st_uid == os.geteuid()
+    except OSError:
+        usable = False
+    return f"{runtime}/hangwatch" if usable else _fallback_directory()
+
+
+def _fallback_directory() -> str:
+    return f"/tmp/hangwatch-{os.geteuid()}"
 
 
 def default_address() -> str:
@@ -26,7 +35,9 @@ def default_address() -> str:
 
 def private_address() -> str:
     """Return an address that no other watcher has."""
-    return f"{default_directory()}/{os.getpid()}-{secrets.token_hex(4)}.sock"
+    name = f"{os.getpid()}-{secrets.token_hex(4)}.sock"
+    path = f"{default_directory()}/{name}"
+    return path if len(os.fsencode(path)) <= LONGEST else f"{_fallback_directory()}/{name}"
 
 
 def listen(path: str) -> socket.socket:

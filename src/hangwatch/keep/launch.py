@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from hangwatch.errors import LaunchError
@@ -45,10 +45,11 @@ class WatcherProcess:
         if report_dir is not None:
             arguments += ["--report-dir", os.path.abspath(report_dir)]
         lifeline, self._lifeline = os.pipe()
-        with tempfile.TemporaryDirectory(prefix="hangwatch-") as folder:
-            ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        # An abstract name: no file, no folder, nothing that can be too long; unix(7).
+        name = f"hangwatch-{os.getpid()}-{secrets.token_hex(8)}"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
             try:
-                ready.bind(f"{folder}/ready")
+                ready.bind(f"\0{name}")
                 self._process = subprocess.Popen(
                     [
                         *(sys.executable, "-P", "-m", "hangwatch", "serve", *arguments),
@@ -56,18 +57,16 @@ class WatcherProcess:
                     ],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    env=_environment(f"{folder}/ready"),
+                    env=_environment(f"@{name}"),
                     pass_fds=[lifeline],
                     process_group=0,
                 )
-                os.close(lifeline)
                 self._wait_ready(ready)
             except OSError as error:
-                os.close(lifeline)
-                os.close(self._lifeline)
+                self._close()
                 raise LaunchError(f"the watcher can't be started ({error})") from None
             finally:
-                ready.close()
+                os.close(lifeline)
 
     @property
     def pid(self) -> int:

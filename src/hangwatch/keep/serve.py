@@ -51,6 +51,8 @@ def serve(path: str | None, settings: Settings, lifeline: int | None = None) -> 
 
 def _watch(listener: socket.socket, settings: Settings, lifeline: int | None) -> None:
     linux.name_process("hw-watcher")
+    # Ignored, as a launcher may have left it, our helpers would vanish without a word.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # A terminal's other programs may have set it to stop background writers.
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -5,8 +5,34 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Set
+from time import monotonic
 
 from hangwatch.watch.identity import Identity, read_stat
+
+# With many incidents at once, one look at all processes serves those of a moment.
+_SNAPSHOT_LASTS = 0.05
+_Snapshot = tuple[dict[int, list[int]], dict[int, int]]
+_latest: list[tuple[float, _Snapshot]] = []
+
+
+def _snapshot() -> _Snapshot:
+    """Return every process's children, and every process's start."""
+    if _latest and monotonic() - _latest[0][0] < _SNAPSHOT_LASTS:
+        return _latest[0][1]
+    children = defaultdict(list)
+    starts = {}
+    try:
+        names = os.listdir("/proc")
+    except OSError:  # no /proc, or no descriptor left: the worker goes without them
+        names = []
+    for name in names:
+        if name.isdigit():
+            stat = read_stat(int(name))
+            if stat is not None:
+                children[stat.ppid].append(stat.pid)
+                starts[stat.pid] = stat.start_ticks
+    _latest[:] = [(monotonic(), (children, starts))]
+    return children, starts
 
 
 def descendants_of(pid: int, spare: Set[int]) -> list[Identity]:
@@ -23,14 +49,7 @@ def descendants_of(pid: int, spare: Set[int]) -> list[Identity]:
     Source: proc(5). The ppids of /proc/pid/stat, since /proc/pid/task/tid/children is
     not on every kernel. Reading stat takes no lock that a stuck process could hold.
     """
-    children = defaultdict(list)
-    starts = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            stat = read_stat(int(name))
-            if stat is not None:
-                children[stat.ppid].append(stat.pid)
-                starts[stat.pid] = stat.start_ticks
+    children, starts = _snapshot()
     found = []
     below = [pid]
     for parent in below:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -29,6 +30,9 @@ class Helper:
         pipe: becomes readable when there is more to `read`.
         result: what `work` returned, once `done`; None if it failed or was killed.
         done: whether the child has ended its work or was killed.
+
+    Raises:
+        OSError: no process or no descriptor is left.
     """
 
     def __init__(
@@ -44,7 +48,12 @@ class Helper:
         self.result: bytes | None = None
         self.done = False
         sys.stderr.flush()
-        self._pid = os.fork()
+        try:
+            self._pid = os.fork()
+        except OSError:
+            os.close(self.pipe)
+            os.close(write_end)
+            raise
         if self._pid == 0:
             _run(work, write_end, keep)
         os.close(write_end)
@@ -73,7 +82,8 @@ class Helper:
         self._before_close(self.pipe)
         os.close(self.pipe)
         # Not yet waited for, so the number is still its own.
-        os.kill(self._pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
         Helper._unreaped.add(self._pid)
         Helper.reap()
 

@@ -7,6 +7,7 @@ and never waits by itself.
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import signal
@@ -19,6 +20,7 @@ from typing import Protocol
 from hangwatch.evidence.gather import gather
 from hangwatch.evidence.model import Action, Case, Evidence, OtherWorker, Outcome, Report
 from hangwatch.evidence.publish import publish
+from hangwatch.evidence.report import headline
 from hangwatch.evidence.stacks import Asked
 from hangwatch.watch.descendants import descendants_of
 from hangwatch.watch.helper import Helper
@@ -28,10 +30,12 @@ from hangwatch.watch.settings import OnExpiry, Settings
 from hangwatch.watch.watched import Watched
 
 EVIDENCE_WITHIN = 2.0
-MOST_GATHERING = 4
+MOST_GATHERING = MOST_PUBLISHING = 4
 _PUBLISH_WITHIN = 10.0
 _DEAD_WITHIN = 5.0
 _LONGEST_BACK_OFF = 60.0
+
+_log = logging.getLogger("hangwatch.watch")
 
 Course = Generator[float, None, None]
 
@@ -49,6 +53,9 @@ class Surroundings(Protocol):
 
     def gathering(self) -> int:
         """Count the incidents whose evidence is being gathered."""
+
+    def publishing(self) -> int:
+        """Count the incidents whose report is being written."""
 
     def paused(self) -> bool:
         """Tell whether watching is paused."""
@@ -85,6 +92,7 @@ class Incident:
         told: whether the report is out; only a process that can't be killed keeps the
             course going after that.
         gathering: whether evidence is being gathered.
+        publishing: whether the report is being written.
     """
 
     def __init__(self, verdict: Verdict, around: Surroundings, settle: float) -> None:
@@ -92,7 +100,7 @@ class Incident:
         self.wake = 0.0
         self.over = False
         self.told = False
-        self.gathering = False
+        self.gathering = self.publishing = False
         self._around = around
         self._settle = settle
         self._evidence: bytes | None = None
@@ -104,11 +112,14 @@ class Incident:
 
     def resume(self) -> None:
         """Go on until the next wait."""
+        self.wake = inf
         try:
             self.wake = next(self._course)
         except StopIteration:
-            self.wake = inf
-            self.over = True
+            self.over = self.told = True
+        except BaseException:
+            self.over = self.told = True
+            raise
 
     def _run(self) -> Course:
         worker = self.verdict.worker
@@ -157,10 +168,14 @@ class Incident:
         if monotonic() >= until:
             self._problems.append("evidence: too many incidents at once")
             return
-        helper = self._around.start_helper(
-            lambda: pickle.dumps(gather(asked, self._around.others(worker))),
-            [worker.identity.pidfd],
-        )
+        try:
+            helper = self._around.start_helper(
+                lambda: pickle.dumps(gather(asked, self._around.others(worker))),
+                [worker.identity.pidfd],
+            )
+        except OSError as error:
+            self._problems.append(f"evidence: no process can be started ({error.strerror})")
+            return
         self.gathering = True
         while not helper.done and monotonic() < until:
             yield until
@@ -256,10 +271,19 @@ class Incident:
             publish(Report(outcome, case, evidence, actions), directory)
             return b""
 
-        helper = self._around.start_helper(work, [])
         until = monotonic() + _PUBLISH_WITHIN
+        while self._around.publishing() >= MOST_PUBLISHING and monotonic() < until:
+            yield until
+        try:
+            helper = self._around.start_helper(work, [])
+        except OSError:
+            _log.warning("%s", headline(Report(outcome, case, Evidence(), actions)))
+            self.told = True
+            return
+        self.publishing = True
         while not helper.done and monotonic() < until:
             yield until
+        self.publishing = False
         helper.kill()
         self.told = True
 

@@ -77,7 +77,7 @@ class PageReader:
         found = {}
         for index in range(self._in_use()):
             deadline = words[page.deadline_word(index)]
-            if deadline > 0.0:  # NaN and negative numbers arm nothing
+            if 0.0 < deadline < inf:  # nor does what is no number arm anything
                 entry = words[page.deadline_word(index) + page.ENTRY]
                 found[index] = Armed(index, entry, deadline)
         # A chain is walked once, however many blocks stand in it, even if it bites its tail.

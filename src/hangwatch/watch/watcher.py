@@ -44,6 +44,7 @@ _TICK = 1.0
 _OVERSLEPT = 1.0
 _LONGEST_SETTLING = 1.0
 _MOST_RINGS_READ = 64
+_INCIDENTS_AT_ONCE = 0.005
 # What a turn of the loop costs besides the visit, roughly, in seconds of CPU.
 _WAKING_COSTS = 30e-6
 
@@ -111,10 +112,17 @@ class Watcher:
             for descriptor, _ in self._epoll.poll(0, 256):
                 handler = self._handlers.get(descriptor)
                 if handler is not None:
-                    handler()
+                    self._guarded(handler)
             self._visit_due()
             self._resume_incidents()
             self._tick()
+
+    def _guarded(self, step: Callable[[], None]) -> None:
+        """Take a step; whatever is wrong with one worker must not end the watch of others."""
+        try:
+            step()
+        except Exception:
+            _log.exception("a step of the watcher failed")
 
     # -- waiting
 
@@ -196,7 +204,7 @@ class Watcher:
         del self._newcomers[connection.fileno()]
         self._workers[connection.fileno()] = worker
         self._add(connection.fileno(), lambda: self._rung(worker))
-        self._add(worker.identity.pidfd, lambda: self._drop(worker))
+        self._add(worker.identity.pidfd, lambda: self._ended(worker))
         self._visit(worker)
         try:
             connection.send(encode_reply(None), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
@@ -224,6 +232,11 @@ class Watcher:
             self._poke()
         else:
             worker.close()
+
+    def _ended(self, worker: Watched) -> None:
+        # The event may be an older descriptor's of the same number.
+        if worker.identity.is_dead():
+            self._drop(worker)
 
     def _died(self, worker: Watched) -> None:
         self._remove(worker.identity.pidfd)
@@ -276,6 +289,9 @@ class Watcher:
 
     def _schedule(self, worker: Watched, when: float) -> None:
         worker.next_visit = when
+        if len(self._heap) > 64 + 4 * len(self._workers):
+            self._heap = [entry for entry in self._heap if entry[0] == entry[2].next_visit]
+            heapq.heapify(self._heap)
         if when != inf:
             self._order += 1
             heapq.heappush(self._heap, (when, self._order, worker))
@@ -322,7 +338,10 @@ class Watcher:
     def _resume_incidents(self) -> None:
         now = monotonic()
         for incident in [one for one in self._incidents if one.wake <= now]:
-            incident.resume()
+            self._guarded(incident.resume)
+            # Deadlines come first: the other incidents go on in the next turn.
+            if monotonic() - now > _INCIDENTS_AT_ONCE:
+                break
         for incident in [one for one in self._incidents if one.over]:
             self._incidents.remove(incident)
             worker = incident.verdict.worker
@@ -359,6 +378,10 @@ class Watcher:
     def gathering(self) -> int:
         """Count the incidents whose evidence is being gathered."""
         return sum(incident.gathering for incident in self._incidents)
+
+    def publishing(self) -> int:
+        """Count the incidents whose report is being written."""
+        return sum(incident.publishing for incident in self._incidents)
 
     def spared(self, worker: Watched) -> set[int]:
         """Return the processes that no kill of this worker may reach."""
