@@ -8,22 +8,22 @@ armed. Leaving is one call of C code. `benchmarks/arm.py` measures it.
 from __future__ import annotations
 
 import abc
-import contextlib
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Hashable
-from math import inf
 from threading import get_ident
 from time import monotonic
 from types import CodeType
 
 from hangwatch.errors import HangwatchError, NotConfiguredError
 from hangwatch.page import WATCH_UNTIL
+from hangwatch.worker.arguments import check_client, checked_limit, checked_scope, place
 from hangwatch.worker.client import WorkerClient, address_from_environment, client_at
-from hangwatch.worker.page_writer import VOID_SLOT, Scope, Slot, current_task
-from hangwatch.worker.page_writer import Asyncio as _Asyncio
+from hangwatch.worker.contract_block import ContractBlock, NoThread
+from hangwatch.worker.slots import VOID_SLOT, Scope, Slot
+from hangwatch.worker.tasks import Asyncio as _Asyncio
+from hangwatch.worker.tasks import current_task
 
 __all__ = ["Expiration", "TimerClient", "configure", "expires"]
 
@@ -62,14 +62,10 @@ class _Configured:
     by_environment = True
 
 
-class _NoThread:
-    alone = None
-
-
 class _NoChoice:
     """In the place of a slot, while no look at ``__exit__`` has put one there."""
 
-    thread = _NoThread
+    thread = NoThread
 
 
 _FRESH = _NoChoice()
@@ -84,7 +80,7 @@ class _PerThread(threading.local):
     def __init__(self) -> None:
         self.slots: dict[Hashable, Slot] = {}
         # The choice for a block that is about to be entered off the quiet path, and that block.
-        self.road: tuple[object, Slot | _ContractBlock | _NoChoice] = None, _USED
+        self.road: tuple[object, Slot | ContractBlock | _NoChoice] = None, _USED
 
     def all_slots(self) -> list[Slot]:
         """Return this thread's slots, those that no key finds any more included."""
@@ -115,7 +111,7 @@ def configure(timer_client: TimerClient | None) -> None:
         TypeError: it has no ``acquire`` and ``release``.
     """
     if timer_client is not None:
-        _check_client(timer_client)
+        check_client(timer_client)
     _Configured.client = timer_client
     _Configured.by_environment = False
     forget_slots()
@@ -138,44 +134,6 @@ class _ByHand:
     def __init__(self, key: Hashable) -> None:
         self.key = key
         self.exits: list[tuple[int, int, Callable[..., None]]] = []
-
-
-class _ContractBlock:
-    """In the place of a slot: a block whose client is called as the contract says."""
-
-    thread = _NoThread
-
-    def __init__(self, client: TimerClient, scope: str, limit: float) -> None:
-        self.client = client
-        self.scope = scope
-        self.limit = limit
-
-    def nest(self, block: object) -> Slot:
-        try:
-            self.client.acquire(self.scope, time.time() + self.limit)
-        except Exception:
-            raise
-        except BaseException:
-            # An interruption: the client may have acquired already.
-            with contextlib.suppress(Exception):
-                self.client.release(self.scope)
-            raise
-        return VOID_SLOT
-
-    def exit(self, kind: object, error: object, traceback: object) -> None:
-        try:
-            self.client.release(self.scope)
-        except Exception:
-            if kind is None:
-                raise
-            # The body's exception always wins.
-            import logging
-
-            logging.getLogger("hangwatch").warning(
-                "hangwatch: release(%r) failed after the block had failed",
-                self.scope,
-                exc_info=True,
-            )
 
 
 class Expiration:
@@ -248,7 +206,7 @@ class Expiration:
     else:
         __exit__ = _ExitLookup(_look_up_exit)
 
-    def _begin(self, slot: Slot | _ContractBlock | _NoChoice) -> Slot:
+    def _begin(self, slot: Slot | ContractBlock | _NoChoice) -> Slot:
         """Go on off the quiet path: not alone in the thread, or the choice stands elsewhere."""
         if isinstance(slot, _NoChoice):
             slot = self._chosen_here()
@@ -256,7 +214,7 @@ class Expiration:
                 return self._enter_by_hand()
         return slot.nest(self)
 
-    def _chosen_here(self) -> Slot | _ContractBlock | _NoChoice:
+    def _chosen_here(self) -> Slot | ContractBlock | _NoChoice:
         """Find what this thread's look at ``__exit__`` chose, if there was one before."""
         block, road = _local.road
         if block is self:
@@ -280,18 +238,18 @@ class Expiration:
                 return slot
         return None
 
-    def _choose(self, key: Hashable) -> Slot | _ContractBlock:
+    def _choose(self, key: Hashable) -> Slot | ContractBlock:
         """Check what the caller gave, and choose where the block's timer will stand."""
-        limit = _checked_limit(self._after)
+        limit = checked_limit(self._after)
         client = getattr(self, "_client", None)
         name = key if client is None else key[1]  # type: ignore[index]
         code = getattr(self, "_code", None)
         if code is None:
-            scope = Scope(_checked_scope(name), False, client)
+            scope = Scope(checked_scope(name), False, client)
         else:
-            scope = Scope(_place(code, name), True, (code, client))
+            scope = Scope(place(code, name), True, (code, client))
         if client is not None:
-            _check_client(client)
+            check_client(client)
         elif _Configured.client is not None:
             client = _Configured.client
         if client is None:
@@ -304,7 +262,7 @@ class Expiration:
         else:
             road = client._worker_client() if isinstance(client, TimerClient) else None
             if road is None:
-                return _ContractBlock(client, scope.name, limit)
+                return ContractBlock(client, scope.name, limit)
             worker = road
         slot = worker.choose(key, self._after, limit, scope)
         if slot is not VOID_SLOT:
@@ -389,7 +347,7 @@ def expires(
     return block
 
 
-def arm(chosen: Slot | _ContractBlock, block: object = None) -> None:
+def arm(chosen: Slot | ContractBlock, block: object = None) -> None:
     """Arm what `choose` gave, off the quiet path; if that raises, it isn't armed."""
     slot = chosen.nest(block)
     try:
@@ -404,52 +362,3 @@ def arm(chosen: Slot | _ContractBlock, block: object = None) -> None:
 
 # A thread's look-up table is only a cache; scopes that never come again must not fill it.
 _MOST_CACHED = 256
-
-
-def _checked_limit(after: object) -> float:
-    try:
-        if isinstance(after, str | bytes):
-            raise TypeError
-        limit = float(after)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(
-            f"after must be a number of seconds, not {type(after).__name__}: "
-            "for a timedelta, give its total_seconds()"
-        ) from None
-    except OverflowError:
-        limit = inf
-    if not 0 < limit < inf:
-        raise ValueError(
-            f"after must be positive and finite, not {after!r:.40}: "
-            "leave the block out if it may take for ever"
-        )
-    return limit
-
-
-def _checked_scope(scope: Hashable) -> str:
-    if not isinstance(scope, str):
-        raise TypeError(f"scope must be a string or None, not {type(scope).__name__}")
-    if not scope:
-        raise ValueError("scope must not be empty: leave it out for <file>#<line>")
-    return scope
-
-
-def _place(code: CodeType, address: object) -> str:
-    assert isinstance(address, int)
-    return f"{code.co_filename}#{_line(code, address - id(code))}"
-
-
-def _line(code: CodeType, instruction: int) -> int:
-    line = code.co_firstlineno
-    for start, end, number in code.co_lines():
-        if start <= instruction < end and number is not None:
-            line = number
-    return line
-
-
-def _check_client(client: object) -> None:
-    for method in ("acquire", "release"):
-        if not callable(getattr(client, method, None)):
-            raise TypeError(
-                f"a timer client needs acquire and release, {type(client).__name__} has no {method}"
-            )

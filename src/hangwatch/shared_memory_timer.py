@@ -15,7 +15,8 @@ from hangwatch.worker.client import (
     WorkerClient,
     address_from_environment,
 )
-from hangwatch.worker.page_writer import Scope, Slot, current_task
+from hangwatch.worker.slots import Scope, Slot
+from hangwatch.worker.tasks import current_task
 
 __all__ = ["SharedMemoryTimerClient", "SharedMemoryTimerServer", "serve"]
 

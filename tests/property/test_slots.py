@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import hangwatch
 from hangwatch import api, page
-from hangwatch.worker.page_writer import Slot
+from hangwatch.worker.slots import Slot
 from support.pages import QuietClient, quiet_page
 
 

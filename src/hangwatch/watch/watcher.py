@@ -18,10 +18,11 @@ from collections.abc import Callable
 from math import inf
 from time import monotonic
 
-from hangwatch import linux, page
+from hangwatch import linux
 from hangwatch.errors import ProtocolError
-from hangwatch.evidence import model, proc
+from hangwatch.evidence.model import OtherWorker
 from hangwatch.watch import admission
+from hangwatch.watch.case import case_of, doing_of
 from hangwatch.watch.helper import Helper
 from hangwatch.watch.incident import Incident, Verdict
 from hangwatch.watch.page_reader import Armed
@@ -301,35 +302,13 @@ class Watcher:
     def _open_incident(self, worker: Watched, slot: Armed) -> None:
         at = monotonic()
         worker.judged.add((slot.index, slot.entry))
-        chain = worker.reader.chain(slot)
-        if worker.reader.details(slot) is None:
+        case = case_of(worker, slot, at)
+        if case is None:
             return
-        details = chain[0]
-        identity = worker.identity
-        case = model.Case(
-            at=time.time(),
-            worker=model.Worker(
-                pid=identity.pid,
-                uid=identity.uid,
-                start_time=proc.start_time(identity.start_ticks),
-                labels=worker.hello.labels,
-                command=worker.hello.command,
-                python=worker.hello.python,
-            ),
-            scope=model.Scope(
-                name=details.scope,
-                limit_s=details.limit,
-                inside_s=at - slot.deadline + details.limit,
-                late_s=at - slot.deadline,
-                entry=page.times_entered(slot.entry),
-                thread=model.ScopeThread(details.ident, details.native_id, details.thread_name),
-                enclosing=[outer.scope for outer in chain[1:]],
-            ),
-        )
         self._notice_pause()
         settle = 0.0
         if slot.deadline <= self._paused_until:
-            settle = min(self._pause, details.limit, _LONGEST_SETTLING)
+            settle = min(self._pause, case.scope.limit_s, _LONGEST_SETTLING)
         verdict = Verdict(worker, slot, at, case, worker.reader.thread_names())
         incident = Incident(verdict, self, settle)
         self._incidents.append(incident)
@@ -388,24 +367,9 @@ class Watcher:
         watched = {other.identity.pid for other in self._workers.values() if other is not worker}
         return watched | {os.getpid()}
 
-    def others(self, worker: Watched) -> list[model.OtherWorker]:
+    def others(self, worker: Watched) -> list[OtherWorker]:
         """Say what the other workers are doing."""
-        now = monotonic()
-        found = []
-        for other in self._workers.values():
-            if other is not worker:
-                scopes = [
-                    model.OpenScope(
-                        details.scope,
-                        details.limit,
-                        now - slot.deadline + details.limit,
-                        page.times_entered(slot.entry),
-                    )
-                    for slot in other.reader.armed()
-                    if (details := other.reader.details(slot)) is not None
-                ]
-                found.append(model.OtherWorker(other.identity.pid, other.hello.labels, scopes))
-        return found
+        return [doing_of(other) for other in self._workers.values() if other is not worker]
 
 
 def stop_on_signals(watcher: Watcher) -> None:

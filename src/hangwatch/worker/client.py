@@ -13,7 +13,8 @@ from hangwatch.errors import HangwatchError, NotConfiguredError
 from hangwatch.worker import connection, stack_channel
 from hangwatch.worker.connection import WatcherSocket
 from hangwatch.worker.labels import labels_from
-from hangwatch.worker.page_writer import VOID_SLOT, PageWriter, Scope, Slot, void_slot
+from hangwatch.worker.page_writer import PageWriter
+from hangwatch.worker.slots import VOID_SLOT, Scope, Slot, void_slot
 
 ADDRESS_VARIABLE = "HANGWATCH_ADDRESS"
 OFF = "off"
