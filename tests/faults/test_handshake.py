@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import gc
 import mmap
 import os
 import random
@@ -386,3 +388,47 @@ class TestAddresses:
             out, _ = worker.communicate(timeout=30)
             connection.close()
         assert out == "True True\n"
+
+    def test_who_arms_during_another_thread_s_handshake_is_heard(self, tmp_path: Path) -> None:
+        path = str(tmp_path / "s")
+        script = (
+            "import threading, time, hangwatch\n"
+            "def work(after, wait):\n"
+            "    time.sleep(wait)\n"
+            "    with hangwatch.expires(after, f'{after}'): time.sleep(1.5)\n"
+            "threads = [threading.Thread(target=work, args=a) for a in ((60, 0), (5, 0.3))]\n"
+            "for thread in threads: thread.start()\n"
+            "for thread in threads: thread.join()\n"
+        )
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(path)
+            listener.listen()
+            worker = subprocess.Popen(
+                [sys.executable, "-c", script], env={**os.environ, "HANGWATCH_ADDRESS": path}
+            )
+            connection, _ = listener.accept()
+            _, descriptors, _, _ = socket.recv_fds(connection, wire.MAX_BYTES, 2)
+            time.sleep(0.7)
+            # As if the watcher had looked before the second thread armed.
+            with mmap.mmap(descriptors[0], page.PAGE_BYTES) as memory:
+                memory[16:24] = struct.pack("=d", time.monotonic() + 3600)
+            connection.send(wire.encode_reply(None))
+            connection.settimeout(20)
+            assert connection.recv(100) == RING
+            worker.wait(20)
+            connection.close()
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def test_clients_that_can_t_connect_leave_nothing_open(self, tmp_path: Path) -> None:
+        def open_count() -> int:
+            gc.collect()
+            return len(os.listdir("/proc/self/fd"))
+
+        with contextlib.suppress(hangwatch.HangwatchError):
+            self.explicit(str(tmp_path / "none"))
+        before = open_count()
+        for _ in range(20):
+            with contextlib.suppress(hangwatch.HangwatchError):
+                self.explicit(str(tmp_path / "none"))
+        assert open_count() == before

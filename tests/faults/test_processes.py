@@ -106,6 +106,33 @@ print("held")
     )
 
 
+def test_descriptors_that_the_program_closed_are_never_taken_for_ours(
+    watcher: RunningWatcher,
+) -> None:
+    held(
+        watcher,
+        """
+with hangwatch.expires(60, "connect"): pass
+os.closerange(3, 100)
+mine = [os.memfd_create(str(n)) for n in range(20)]
+pair = __import__("socket").socketpair()
+child = os.fork()
+if child == 0:
+    for descriptor in mine: os.fstat(descriptor)
+    os._exit(0)
+wait(child)
+for n in range(100):
+    with hangwatch.expires(0.001 * (n + 1), f"rings {n}"): pass
+for descriptor in mine:
+    assert os.fstat(descriptor).st_size == 0
+pair[1].setblocking(False)
+try: assert not pair[1].recv(10), "a ring went into a socket of the program's"
+except BlockingIOError: pass
+print("held")
+""",
+    )
+
+
 def test_a_child_of_subprocess_with_a_preexec_function_harms_nobody(
     watcher: RunningWatcher,
 ) -> None:

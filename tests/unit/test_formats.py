@@ -31,7 +31,7 @@ from hangwatch.evidence.model import (
     ThreadStack,
     Worker,
 )
-from hangwatch.watch.identity import parse_stat, read_stat
+from hangwatch.process import parse_stat, read_stat
 from hangwatch.worker.labels import labels_from
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from time import sleep
 
 from hangwatch.evidence.model import Child, Task
-from hangwatch.watch.identity import parse_stat, read_stat
+from hangwatch.process import parse_stat, read_stat
 
 BETWEEN_READINGS_S = 0.02
 

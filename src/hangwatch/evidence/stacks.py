@@ -16,7 +16,7 @@ from time import monotonic, sleep
 from hangwatch import linux
 from hangwatch.evidence import faulthandler_text, proc
 from hangwatch.evidence.model import Frame, ThreadStack
-from hangwatch.watch.identity import Identity
+from hangwatch.process import Identity
 from hangwatch.wire import StackChannel
 
 _ANSWER_WITHIN_S = 0.5
@@ -154,16 +154,22 @@ def _who_takes(pid: int, signal: int, tids: list[int]) -> tuple[int | None, str 
 
 def _wait_for(asked: Asked, memfd: int, tid: int, signal: int) -> str | None:
     # The handler runs with its own signal blocked: a signal that is neither pending nor
-    # blocked has been dealt with. Source: sigaction(2), without SA_NODEFER.
+    # blocked has been dealt with (sigaction(2), without SA_NODEFER). But it is neither, too,
+    # for the moment between leaving the queue and entering the handler. So it must look
+    # done, and nothing be added, for a while: long where the thread runs, or wrote nothing.
     until = monotonic() + _ANSWER_WITHIN_S
-    pause = 0.0005
+    done_since, size = monotonic(), 0
     while monotonic() < until:
         masks = proc.signal_masks(asked.identity.pid, tid)
+        state = proc.state(asked.identity.pid, tid)
         if masks is None or asked.identity.is_dead():
             return "the process died during the dump"
+        before, size = size, os.fstat(memfd).st_size
         busy = masks.pending | masks.shared_pending | masks.blocked
-        if not proc.has(busy, signal):
+        if proc.has(busy, signal) or size != before:
+            done_since = monotonic()
+        enough = 0.1 if size == 0 else 0.03 if state == "R" else 0.004
+        if monotonic() - done_since >= enough:
             return None
-        sleep(pause)
-        pause = min(pause * 2, 0.02)
+        sleep(0.001)
     return f"no complete answer within {_ANSWER_WITHIN_S:g} s"

@@ -13,7 +13,7 @@ from hangwatch import linux
 from hangwatch.keep import address
 from hangwatch.keep.quiet_log import QuietHandler
 from hangwatch.keep.systemd import Notifier, take_listener
-from hangwatch.watch.identity import read_stat
+from hangwatch.process import read_stat
 from hangwatch.watch.settings import Settings
 from hangwatch.watch.watcher import STOPPING_SIGNALS, Watcher, stop_on_signals
 

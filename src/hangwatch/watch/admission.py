@@ -11,7 +11,8 @@ from time import monotonic
 
 from hangwatch import wire
 from hangwatch.errors import PageError, ProtocolError
-from hangwatch.watch.identity import Identity, identify
+from hangwatch.process import Identity
+from hangwatch.watch.identity import identify
 from hangwatch.watch.page_reader import PageReader
 from hangwatch.watch.watched import Watched
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Set
 from time import monotonic
 
-from hangwatch.watch.identity import Identity, read_stat
+from hangwatch.process import Identity, read_stat
 
 # With many incidents at once, one look at all processes serves those of a moment.
 _SNAPSHOT_LASTS = 0.05

@@ -22,9 +22,9 @@ from hangwatch.evidence.model import Action, Case, Evidence, OtherWorker, Outcom
 from hangwatch.evidence.publish import publish
 from hangwatch.evidence.report import headline
 from hangwatch.evidence.stacks import Asked
+from hangwatch.process import Identity
 from hangwatch.watch.descendants import descendants_of
 from hangwatch.watch.helper import Helper
-from hangwatch.watch.identity import Identity
 from hangwatch.watch.page_reader import Armed
 from hangwatch.watch.settings import OnExpiry, Settings
 from hangwatch.watch.watched import Watched

@@ -7,7 +7,7 @@ import socket
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from hangwatch.watch.identity import Identity
+from hangwatch.process import Identity
 from hangwatch.watch.page_reader import PageReader
 from hangwatch.wire import Hello
 
