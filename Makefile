@@ -24,7 +24,7 @@ help:
 # A machine without the venv module, or with an older Python, gets one clear sentence.
 define python_is_usable
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
-		|| { echo "hangwatch needs Python 3.11 or newer: name one with 'make $@ PYTHON=/path/to/python3.11'." >&2; exit 1; }
+		|| { echo "hangwatch needs Python 3.11 or newer: name one with 'make $(MAKECMDGOALS) PYTHON=/path/to/python3.11'." >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
 		|| { echo "$(PYTHON) has no venv module: install it (Debian: apt-get install python3-venv) and try again." >&2; exit 1; }
 endef
