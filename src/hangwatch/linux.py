@@ -165,6 +165,18 @@ def signal_thread(pid: int, native_id: int, signal: int) -> None:
         finally:
             os.close(thread)
         return
+    tgkill(pid, native_id, signal)
+
+
+def tgkill(pid: int, native_id: int, signal: int) -> None:
+    """Signal one thread by number, for kernels before 6.9.
+
+    Source: tgkill(2).
+
+    Raises:
+        ProcessLookupError: there is no such thread in that process.
+        OSError: the kernel refuses.
+    """
     _system_call(_TGKILL_NUMBERS, pid, native_id, signal)
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hangwatch import page, wire
+from hangwatch import linux, page, wire
 from hangwatch.errors import ProtocolError
 from hangwatch.evidence import faulthandler_text, proc, publish, report
 from hangwatch.evidence.model import (
@@ -31,7 +33,8 @@ from hangwatch.evidence.model import (
     ThreadStack,
     Worker,
 )
-from hangwatch.process import parse_stat, read_stat
+from hangwatch.process import Identity, parse_stat, read_stat
+from hangwatch.watch.identity import pidfd_by_number
 from hangwatch.worker.labels import labels_from
 
 
@@ -254,3 +257,43 @@ def test_a_thread_s_signal_masks_are_read() -> None:
     assert masks is not None
     assert proc.has(masks.caught, 2), "Python catches SIGINT"
     assert proc.signal_masks(os.getpid(), 2**22 + 1) is None
+
+
+def test_older_kernels_a_peer_is_held_by_its_number() -> None:
+    process = subprocess.Popen(["sleep", "30"])
+    held = Identity(process.pid, 0, 0, pidfd_by_number(process.pid))
+    assert not held.is_dead()
+    assert held.send(9) == "sent"
+    process.wait()
+    assert held.is_dead()
+    assert held.send(9) == "already dead"
+    os.close(held.pidfd)
+    with pytest.raises(ProtocolError, match=r"can't be held|ended while"):
+        pidfd_by_number(process.pid)
+
+
+@pytest.mark.parametrize("send", [linux.tgkill, linux.signal_thread])
+def test_a_signal_reaches_one_thread_and_none_of_another_process(
+    send: Callable[[int, int, int], None],
+) -> None:
+    """With a thread's pidfd, and as older kernels do it."""
+    script = (
+        "import signal, threading, time\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])\n"
+        "def work():\n"
+        "    print(threading.get_native_id(), flush=True)\n"
+        "    print(signal.sigwait([signal.SIGUSR1]) == signal.SIGUSR1, flush=True)\n"
+        "threading.Thread(target=work).start()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    tid = int(process.stdout.readline())
+    with pytest.raises(ProcessLookupError):
+        send(os.getpid(), tid, signal.SIGUSR1)
+    send(process.pid, tid, signal.SIGUSR1)
+    out, _ = process.communicate(timeout=20)
+    assert out == "True\n"
+
+
+def test_the_fence_is_there_or_says_that_it_is_not() -> None:
+    assert linux.register_fence() == linux.fence()

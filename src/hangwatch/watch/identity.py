@@ -37,9 +37,18 @@ def _peer_pidfd(connection: socket.socket, pid: int) -> int:
     try:
         return connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     except OSError:
-        pass
-    # Older kernels: by number. The number can't be another's while the peer lives, and
-    # it lives if the process we opened existed before and still does: its start time.
+        return pidfd_by_number(pid)
+
+
+def pidfd_by_number(pid: int) -> int:
+    """Hold a peer by its number, for kernels before 6.5.
+
+    The number can't be another's while the peer lives, and it lives if the process that
+    we hold existed before and still does: its start time.
+
+    Raises:
+        ProtocolError: it ended meanwhile, or can't be held.
+    """
     before = read_stat(pid)
     try:
         pidfd = os.pidfd_open(pid)
