@@ -35,6 +35,7 @@ def once(reused):
             pass
 
 raging = False
+striking = threading.Lock()
 
 def strike_by_signal(*_):
     if raging:
@@ -44,15 +45,19 @@ def strike_from_thread(ident):
     exception = ctypes.py_object(Storm)
     while True:
         time.sleep(rng.uniform(1e-5, 6e-4))
-        if raging:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), exception)
+        with striking:
+            if raging:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(ident), exception
+                )
 
 def calm_down():
     global raging
     while True:
         try:
             raging = False
-            time.sleep(0.0005)
+            with striking:
+                pass
             for _ in range(100):
                 pass
             return
@@ -67,16 +72,21 @@ else:
         target=strike_from_thread, args=(threading.get_ident(),), daemon=True
     ).start()
 
+def rage():
+    # A function, since CPython 3.13 leaves a loop's jump back out of the try around it.
+    global raging, done
+    raging = True
+    while done < blocks:
+        once(reused)
+        done += 6
+
 with quiet_page() as client:
     reader = client.reader()
     reused = hangwatch.expires(60, scope="reused")
     done = hits = 0
     while done < blocks:
         try:
-            raging = True
-            while done < blocks:
-                once(reused)
-                done += 6
+            rage()
             calm_down()
         except (KeyboardInterrupt, Storm):
             raging = False

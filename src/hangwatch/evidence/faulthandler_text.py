@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hangwatch.evidence.model import Frame
 
+_MOST_FRAMES = 100
 _THREAD = re.compile(
     r"(?:Current thread|Thread) 0x([0-9a-f]+)(?: \[(.*)\])? \(most recent call first\):"
 )
@@ -47,6 +48,8 @@ def parse(text: str) -> tuple[list[Dumped], bool]:
             number = int(frame[3]) if frame[3].isdigit() else 0
             file, function = frame[1] or "???", frame[4]
             threads[-1].frames.append(Frame(_unescape(file), number, _unescape(function)))
+            # Python 3.13 leaves out the mark.
+            threads[-1].cut = len(threads[-1].frames) >= _MOST_FRAMES
     return threads, threads_cut
 
 
