@@ -154,8 +154,8 @@ def _check(descriptor: int, status: os.stat_result) -> None:
         raise PageError(
             f"the page has the seals {seals:#x} instead of SHRINK, GROW and SEAL ({page.SEALS:#x})"
         )
-    if status.st_size != page.PAGE_BYTES:
-        raise PageError(f"the page has {status.st_size} bytes instead of {page.PAGE_BYTES}")
     # A hole in a page of huge pages kills its reader when none is left: SIGBUS.
     if status.st_blksize != mmap.PAGESIZE:
         raise PageError(f"the page is made of huge pages ({status.st_blksize} bytes)")
+    if status.st_size != page.PAGE_BYTES:
+        raise PageError(f"the page has {status.st_size} bytes instead of {page.PAGE_BYTES}")

@@ -108,7 +108,7 @@ class PageWriter:
                 if slot.words[slot.deadline_at] == 0.0 and slot.after is not TAKEN:
                     slot.entry += 1.0
                     return slot
-            slot = thread.unused(key)
+            slot = thread.unused()
             if slot is None or slot.key != key or slot.after != after:
                 slot = self._move_in(thread, slot, key, after, limit, scope)
                 if slot is None:

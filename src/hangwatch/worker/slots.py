@@ -192,10 +192,10 @@ class ThreadSlots:
 
     _prune_at = 64
 
-    def unused(self, key: Hashable) -> Slot | None:
+    def unused(self) -> Slot | None:
         """Take one of this thread's own slots that is not armed, or None.
 
-        One that served `key` in a block further out comes first.
+        Those of blocks that were further out come first, then the scope kept longest.
         """
         if len(self.others) >= self._sweep_at:
             self._disarm_left_behind()
