@@ -225,6 +225,37 @@ def test_slots_change_hands_at_the_cap_and_none_is_lost(
     assert unwatched < 8 * 1500
 
 
+def test_a_place_never_has_two_owners_while_threads_end(
+    client: QuietClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads that end give their places back while others, at the cap, take them."""
+    monkeypatch.setattr(page, "CAPACITY", 12)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    problems: list[str] = []
+
+    def run(name: str) -> None:
+        for turn in range(20):
+            scope = f"{name}.{turn % 3}"
+            with hangwatch.expires(60, scope):
+                for slot in api._local.all_slots():
+                    if slot.key == scope and slot.words[slot.deadline_at]:
+                        details = page.read_details(client.page.memory, slot.index)
+                        if details.scope != scope or not slot.words[slot.deadline_at]:
+                            problems.append(scope)
+
+    try:
+        for round_ in range(100):
+            threads = [threading.Thread(target=run, args=(f"{round_}-{n}",)) for n in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert problems == []
+
+
 def test_tasks_on_one_line_are_independent(client: QuietClient) -> None:
     seen = []
 

@@ -45,7 +45,10 @@ class _ThreadEnd:
             return
         for slot in self.thread.all_slots():
             # A block that somebody can still leave, a generator's, stays as it is.
-            if not slot.is_held():
+            if slot.is_held():
+                continue
+            # No calls: another thread may have taken the place since.
+            if slot.after is not TAKEN:
                 slot.after = TAKEN
                 slot.words[slot.deadline_at] = 0.0
                 self.writer.freed.append(slot.index)
@@ -162,6 +165,9 @@ class PageWriter:
             return slot
         except BaseException:
             if slot is not None:
+                # No calls: another thread may have taken the place already.
+                if slot.after is TAKEN:
+                    raise
                 slot.after = TAKEN
             if index is not None:
                 self.freed.append(index)
