@@ -114,6 +114,7 @@ def test_a_terminal_that_hangs_up_ends_the_command(tmp_path: Path) -> None:
     pid, master = pty.fork()
     if pid == 0:
         os.chdir(tmp_path)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as nohup left it, it would be ignored
         script = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(1000)"
         os.execv(sys.executable, [*RUN, "--", sys.executable, "-c", script])
     wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "the start")
