@@ -20,7 +20,7 @@ import pytest
 
 import hangwatch
 from support.raw_worker import answer, hello, memfd
-from support.watchers import wait_until
+from support.watchers import wait_until, watcher_below
 
 SERVE = [sys.executable, "-m", "hangwatch", "serve"]
 
@@ -51,7 +51,7 @@ class TestCommand:
         process = self.start("--address", str(path))
         try:
             wait_until(path.exists, "the socket")
-            wait_until(lambda: comm(process.pid) == "hw-watcher", "its name in ps")
+            wait_until(lambda: comm(process.pid) == "hw-keeper", "its name in ps")
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
             assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
             assert answer(str(path), hello(), [memfd()]) is None
@@ -73,9 +73,13 @@ class TestCommand:
     ) -> None:
         path = folder / "sock"
         first = self.start("--address", str(path))
-        wait_until(lambda: path.exists() and comm(first.pid) == "hw-watcher", "the first")
+        wait_until(lambda: path.exists() and comm(first.pid) == "hw-keeper", "the first")
         assert "another watcher listens" in self.refuses("--address", str(path))
+        pid = watcher_below(first.pid)
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)  # else it would outlive its keeper, and tidy up
         first.kill()
+        os.kill(pid, signal.SIGKILL)
         first.communicate()
         assert path.exists()
         second = self.start("--address", str(path))
@@ -112,7 +116,7 @@ class TestCommand:
     def test_another_user_is_refused_on_both_sides(self, folder: Path) -> None:
         path = folder / "sock"
         process = self.start("--address", str(path))
-        wait_until(lambda: path.exists() and comm(process.pid) == "hw-watcher", "the watcher")
+        wait_until(lambda: path.exists() and comm(process.pid) == "hw-keeper", "the watcher")
         folder.chmod(0o755)
         path.chmod(0o666)
         script = """

@@ -22,7 +22,7 @@ import pytest
 import hangwatch
 from conftest import StartWatcher
 from hangwatch import page, wire
-from hangwatch.watch import admission
+from hangwatch.watch import reception
 from hangwatch.worker.connection import RING
 from support.raw_worker import answer, connect, hello, memfd
 from support.watchers import RunningWatcher, wait_until
@@ -93,13 +93,13 @@ def test_the_descriptors_must_be_what_the_hello_says(served: RunningWatcher, cou
 
 def test_a_truncated_set_of_descriptors_is_closed(start_watcher: StartWatcher) -> None:
     watcher = start_watcher()
-    open_before = len(os.listdir(f"/proc/{watcher.server.pid}/fd"))
+    open_before = len(os.listdir(f"/proc/{watcher.pid}/fd"))
     for _ in range(20):
         refused = answer(watcher.address, hello(), [memfd() for _ in range(9)])
         assert refused is not None
         assert "more than 2 descriptors" in refused
     wait_until(
-        lambda: len(os.listdir(f"/proc/{watcher.server.pid}/fd")) <= open_before,
+        lambda: len(os.listdir(f"/proc/{watcher.pid}/fd")) <= open_before,
         "the watcher closes what it was sent",
     )
 
@@ -190,7 +190,7 @@ def test_who_says_nothing_or_half_is_dismissed(served: RunningWatcher) -> None:
     with connect(served.address) as silent, connect(served.address) as half:
         half.send(b'{"hangwatch": 1, "page')
         assert "not one of a hangwatch worker" in str(wire.decode_reply(half.recv(4096)))
-        silent.settimeout(admission.HELLO_WITHIN + 15)
+        silent.settimeout(reception.HELLO_WITHIN + 15)
         assert "no hello came in time" in str(wire.decode_reply(silent.recv(4096)))
         assert silent.recv(4096) == b""
 
@@ -214,7 +214,7 @@ def test_who_rings_for_ever_gets_slow_service_not_the_cpu(start_watcher: StartWa
     ticks = os.sysconf("SC_CLK_TCK")
 
     def cpu() -> float:
-        fields = Path(f"/proc/{watcher.server.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{watcher.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / ticks
 
     with connect(watcher.address) as connection:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -27,6 +29,17 @@ def wait_until(true: Callable[[], object], what: str, within: float = PATIENCE) 
         time.sleep(0.005)
 
 
+def watcher_below(keeper: int) -> int | None:
+    """Return the pid of a keeper's watcher, if there is one just now."""
+    with contextlib.suppress(OSError):
+        for pid in Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split():
+            with contextlib.suppress(OSError):
+                name, state = re.findall(r"\((.*)\) (.)", Path(f"/proc/{pid}/stat").read_text())[0]
+                if name == "hw-watcher" and state != "Z":
+                    return int(pid)
+    return None
+
+
 @dataclass
 class RunningWatcher:
     """A watcher under test."""
@@ -38,6 +51,17 @@ class RunningWatcher:
     def address(self) -> str:
         assert self.server.address is not None
         return self.server.address
+
+    @property
+    def keeper_pid(self) -> int:
+        assert self.server.pid is not None
+        return self.server.pid
+
+    @property
+    def pid(self) -> int:
+        """The watcher's process id; waits until there is a watcher."""
+        wait_until(lambda: watcher_below(self.keeper_pid), "a watcher")
+        return watcher_below(self.keeper_pid) or self.pid
 
     def environment(self, **more: str) -> dict[str, str]:
         """Return the environment of a worker of this watcher."""

@@ -42,3 +42,10 @@ class QuietHandler(logging.Handler):
             os.write(2, data[:_MOST_BYTES])
         except OSError:  # nobody reads standard error any more
             self._lost += 1
+
+
+def install() -> None:
+    """Make this process's one handler; anew in a fork whose loop must not block either."""
+    logger = logging.getLogger("hangwatch")
+    logger.handlers[:] = [QuietHandler()]
+    logger.setLevel(logging.INFO)

@@ -1,21 +1,22 @@
-"""The watcher process: what `hangwatch serve` runs."""
+"""`hangwatch serve`: a keeper, which forks the watcher."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import resource
 import signal
 import socket
 
 from hangwatch import linux
-from hangwatch.keep import address
-from hangwatch.keep.quiet_log import QuietHandler
+from hangwatch.handover import Kept
+from hangwatch.keep import address, quiet_log
+from hangwatch.keep.keeper import Keeper
+from hangwatch.keep.signals import STOPPING_SIGNALS, SignalPipe
 from hangwatch.keep.systemd import Notifier, take_listener
 from hangwatch.process import read_stat
 from hangwatch.watch.settings import Settings
-from hangwatch.watch.watcher import STOPPING_SIGNALS, Watcher, stop_on_signals
+from hangwatch.watch.watcher import Watcher
 
 
 def serve(path: str | None, settings: Settings, lifeline: int | None = None) -> None:
@@ -25,40 +26,68 @@ def serve(path: str | None, settings: Settings, lifeline: int | None = None) -> 
         path: where to listen; by default on the socket that systemd passed, else at
             `address.default_address`.
         settings: what to do about a block that overran.
-        lifeline: a descriptor whose end of file says that the launcher has gone. The
-            watcher then ends as soon as no worker is left. While the launcher is
+        lifeline: a descriptor whose end of file says that the launcher has gone. Keeper
+            and watcher then end as soon as no worker is left. While the launcher is
             stopped, watching is paused.
 
     Raises:
         AddressError: it can't listen there.
     """
-    logging.getLogger("hangwatch").addHandler(QuietHandler())
-    logging.getLogger("hangwatch").setLevel(logging.INFO)
-    # A signal that comes before the loop can hear it waits until it can.
+    quiet_log.install()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING_SIGNALS)
     listener = None if path is not None else take_listener(os.environ)
-    given = listener is not None
+    ours = None
     if listener is None:
-        path = os.path.abspath(path or address.default_address())
-        listener = address.listen(path)
+        ours = os.path.abspath(path or address.default_address())
+        listener = address.listen(ours)
+    launcher = None
+    if lifeline is not None:
+        os.set_inheritable(lifeline, False)
+        launcher = os.getppid()
+
+    def watch(link: socket.socket, kept: dict[int, Kept]) -> None:
+        if not _watch(listener, link, kept, settings, lifeline, launcher):
+            # The keeper, who would do so, is gone.
+            _remove(ours)
+
     try:
-        _watch(listener, settings, lifeline)
+        _prepare()
+        keeper = Keeper(watch, Notifier(os.environ))
+        # Whatever our launcher had blocked is nothing that we or our helpers want blocked.
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        keeper.run()
     finally:
-        if not given and path is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+        _remove(ours)
 
 
-def _watch(listener: socket.socket, settings: Settings, lifeline: int | None) -> None:
-    linux.name_process("hw-watcher")
-    # Ignored, as a launcher may have left it, our helpers would vanish without a word.
+def _prepare() -> None:
+    linux.name_process("hw-keeper")
+    # Ignored, as a launcher may have left it, our children would vanish without a word.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # A terminal's other programs may have set it to stop background writers.
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    notifier = Notifier(os.environ)
-    launcher = os.getppid() if lifeline is not None else None
+
+
+def _remove(path: str | None) -> None:
+    if path is not None:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def _watch(
+    listener: socket.socket,
+    link: socket.socket,
+    kept: dict[int, Kept],
+    settings: Settings,
+    lifeline: int | None,
+    launcher: int | None,
+) -> bool:
+    """Be the watcher process; tell, at its end, whether the keeper still lives."""
+    linux.name_process("hw-watcher")
+    quiet_log.install()
+    signals = SignalPipe()
     orphaned = False
 
     def paused() -> bool:
@@ -67,26 +96,23 @@ def _watch(listener: socket.socket, settings: Settings, lifeline: int | None) ->
         stat = read_stat(launcher)
         return stat is not None and stat.state in "Tt"
 
-    def tick() -> None:
-        if notifier.wants_pings:
-            notifier.tell("WATCHDOG=1", f"STATUS=watching {watcher.workers} workers")
-        if orphaned and watcher.workers == 0:
-            watcher.stop()
-
     def lifeline_ended() -> None:
         nonlocal orphaned
         orphaned = True
         assert lifeline is not None
-        watcher.forget_descriptor(lifeline)
-        tick()
+        watcher.loop.remove(lifeline)
+        watcher.leave_when_alone()
 
-    watcher = Watcher(listener, settings, paused, tick)
+    def signalled() -> None:
+        # A terminal or a service manager signals the keeper as well, which tells us.
+        if signals.take() and not watcher.keeper.alive:
+            watcher.stop()
+
+    watcher = Watcher(listener, link, settings, paused)
+    watcher.loop.add(signals.fileno(), signalled)
     if lifeline is not None:
-        os.set_inheritable(lifeline, False)
-        watcher.watch_descriptor(lifeline, lifeline_ended)
-    stop_on_signals(watcher)
-    # Whatever our launcher had blocked is nothing that we or our helpers want blocked.
+        watcher.loop.add(lifeline, lifeline_ended)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    notifier.tell("READY=1", "STATUS=watching 0 workers")
+    watcher.take_over(kept)
     watcher.run()
-    notifier.tell("STOPPING=1")
+    return watcher.keeper.alive

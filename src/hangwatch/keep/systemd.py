@@ -9,6 +9,8 @@ import contextlib
 import os
 import socket
 from collections.abc import MutableMapping
+from math import inf
+from time import monotonic
 
 from hangwatch.errors import AddressError
 
@@ -60,7 +62,22 @@ class Notifier:
             self._socket.setblocking(False)
         for_us = environment.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         period = environment.pop("WATCHDOG_USEC", "")
-        self.wants_pings = for_us and period.isdigit()
+        self._ping_every = int(period) / 1e6 / 4 if for_us and period.isdigit() else inf
+        self._next_ping = monotonic() if for_us and period.isdigit() else inf
+        self._said = ""
+
+    def watching(self, workers: int) -> None:
+        """Say, as often as is wanted, that a watcher watches so many workers."""
+        news = [] if self._said else ["READY=1"]
+        status = f"STATUS=watching {workers} workers"
+        if status != self._said:
+            self._said = status
+            news.append(status)
+        if monotonic() >= self._next_ping:
+            self._next_ping = monotonic() + self._ping_every
+            news.append("WATCHDOG=1")
+        if news:
+            self.tell(*news)
 
     def tell(self, *news: str) -> None:
         """Send lines such as ``READY=1``; never blocks, never fails."""

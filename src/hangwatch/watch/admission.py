@@ -6,7 +6,6 @@ import array
 import contextlib
 import os
 import socket
-from dataclasses import dataclass
 from time import monotonic
 
 from hangwatch import wire
@@ -16,19 +15,10 @@ from hangwatch.watch.identity import identify
 from hangwatch.watch.page_reader import PageReader
 from hangwatch.watch.watched import Watched
 
-HELLO_WITHIN = 2.0
 _CLOCKS_APART = 10.0
 
 
-@dataclass(eq=False, slots=True)
-class Newcomer:
-    """A connection that has not said hello yet; it must by `until`."""
-
-    connection: socket.socket
-    until: float
-
-
-def admit(connection: socket.socket, allowed_uids: frozenset[int]) -> Watched:
+def admit(connection: socket.socket, allowed_uids: frozenset[int]) -> tuple[Watched, int]:
     """Read a newcomer's hello and take it in.
 
     Args:
@@ -36,7 +26,8 @@ def admit(connection: socket.socket, allowed_uids: frozenset[int]) -> Watched:
         allowed_uids: who may be watched.
 
     Returns:
-        The worker; it has not been told yet that it is welcome.
+        The worker, which has not been told yet that it is welcome, and its page's memfd,
+        the caller's to close.
 
     Raises:
         ProtocolError: it is not a worker that can be watched, and why. Its socket is
@@ -53,7 +44,8 @@ def admit(connection: socket.socket, allowed_uids: frozenset[int]) -> Watched:
                     f"the watcher serves user {', '.join(map(str, sorted(allowed_uids)))}, "
                     f"this is user {identity.uid}"
                 )
-            return _take_in(connection, identity, wire.decode_hello(message), descriptors)
+            worker = _take_in(connection, identity, wire.decode_hello(message), descriptors)
+            return worker, descriptors.pop(0)
         except BaseException:
             os.close(identity.pidfd)
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import struct
@@ -20,10 +21,7 @@ def identify(connection: socket.socket) -> Identity:
 
     Source: unix(7) on SO_PEERCRED; SO_PEERPIDFD since Linux 6.5.
     """
-    credentials = connection.getsockopt(
-        socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
-    )
-    pid, uid, _ = struct.unpack("3i", credentials)
+    pid, uid = credentials_of(connection)
     if pid <= 0:
         raise ProtocolError(
             "it is outside of the watcher's pid namespace: run the watcher in the same container"
@@ -31,6 +29,26 @@ def identify(connection: socket.socket) -> Identity:
     pidfd = _peer_pidfd(connection, pid)
     stat = read_stat(pid)
     return Identity(pid, uid, 0 if stat is None else stat.start_ticks, pidfd)
+
+
+def credentials_of(connection: socket.socket) -> tuple[int, int]:
+    """Return the pid and the effective user id of who connected, as of then; unix(7)."""
+    size = struct.calcsize("3i")
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    pid, uid, _ = struct.unpack("3i", credentials)
+    return pid, uid
+
+
+@functools.cache
+def kernel_gives_pidfds() -> bool:
+    """Tell whether a connected socket can be asked for its peer's pidfd at any time."""
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with one, other:
+        try:
+            os.close(one.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD))
+        except OSError:
+            return False
+    return True
 
 
 def _peer_pidfd(connection: socket.socket, pid: int) -> int:

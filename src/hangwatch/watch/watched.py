@@ -51,6 +51,8 @@ class Watched:
         hello: what it says of itself.
         reader: its page.
         stacks_inode: device and inode of its stack channel.
+        number: what the keeper knows it by.
+        welcomed: whether its hello has been answered.
         entries: the entry counters at the last visit.
         judged: (slot, entry) pairs that an incident has dealt with.
         busy: whether an incident is under way; one at a time a worker.
@@ -65,6 +67,8 @@ class Watched:
     hello: Hello
     reader: PageReader
     stacks_inode: tuple[int, int]
+    number: int = 0
+    welcomed: bool = False
     entries: list[float] = field(default_factory=list)
     judged: set[tuple[int, float]] = field(default_factory=set)
     busy: bool = False

@@ -1,0 +1,115 @@
+"""The keeper: it forks the watcher, keeps what the watcher can't get back, forks the next.
+
+It reads nothing that a worker wrote, opens no file of a worker's, and never waits for
+anybody. A successor is a fork of it, without exec: it inherits every descriptor that is
+kept, and no file system has to answer for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+from time import monotonic
+
+from hangwatch import linux
+from hangwatch.handover import Kept
+from hangwatch.keep.life import Watch, WatcherLife
+from hangwatch.keep.signals import SignalPipe
+from hangwatch.keep.systemd import Notifier
+
+_log = logging.getLogger("hangwatch.keep")
+
+# Waking this late means that we did not run either, and can't say who was silent.
+_OVERSLEPT = 0.5
+_FIRST_BACK_OFF, _LONGEST_BACK_OFF = 0.1, 5.0
+_DEAD_WITHIN = 0.3
+
+
+class Keeper:
+    """Keeps a watcher running.
+
+    Args:
+        watch: what each watcher process does; when it returns, so does `run`.
+        notifier: who is told how the watcher is.
+    """
+
+    def __init__(self, watch: Watch, notifier: Notifier) -> None:
+        self._watch = watch
+        self._notifier = notifier
+        self._kept: dict[int, Kept] = {}
+        self._signals = SignalPipe()
+        self._stopping = False
+
+    def run(self) -> None:
+        """Have a watcher until it ends by itself, or SIGTERM or SIGINT ends it and us."""
+        # What a dead watcher leaves behind, its helpers, is ours to wait for.
+        linux.become_subreaper()
+        back_off = 0.0
+        while not self._stopping:
+            ready = False
+            try:
+                life = WatcherLife(self._watch, self._kept, self._signals.close)
+            except OSError as error:
+                _log.error("no watcher can be started: %s", error.strerror)
+            else:
+                status = self._attend(life)
+                life.close()
+                ready = life.ready
+                if status == 0:
+                    return
+                if status is not None and not self._stopping:
+                    how = f"with status {status}" if status > 0 else f"of signal {-status}"
+                    _log.warning("the watcher (process %d) died %s and is replaced", life.pid, how)
+            # Only a watcher that dies before it can do its work would do so again at once.
+            back_off = 0.0 if ready else min(max(2 * back_off, _FIRST_BACK_OFF), _LONGEST_BACK_OFF)
+            self._stopping |= self._signals.wait(back_off)
+
+    def _attend(self, life: WatcherLife) -> int | None:
+        """Keep what a watcher hands over, until it ends or must be replaced.
+
+        Returns:
+            Its exit status, None if it had to be killed.
+        """
+        poll = select.poll()
+        poll.register(life.pidfd, select.POLLIN)
+        poll.register(self._signals, select.POLLIN)
+        while True:
+            poll.register(life.link, select.POLLOUT if life.answers else select.POLLIN)
+            until = life.look_at
+            poll.poll(max(0.0, until - monotonic()) * 1000 + 1)
+            if monotonic() - until > _OVERSLEPT:
+                life.has_spoken()
+            life.speak()
+            life.listen()
+            if life.ready:
+                self._notifier.watching(life.workers)
+            status = self._reap(life)
+            if status is not None:
+                return status
+            if self._signals.take() and not self._stopping:
+                self._stopping = True
+                self._notifier.tell("STOPPING=1")
+                life.tell_to_stop()
+            if monotonic() >= life.look_at:
+                reason = life.why_replace()
+                if reason is not None:
+                    _log.warning("%s and is replaced", reason)
+                    life.kill()
+                    # In state D it may not go; then it won't run beside its successor either.
+                    select.select([life.pidfd], [], [], _DEAD_WITHIN)
+                    self._reap(life)
+                    return None
+
+    def _reap(self, life: WatcherLife) -> int | None:
+        """Wait for every child that has ended; return the watcher's status if it has."""
+        found = None
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return found
+            if pid == 0:
+                return found
+            if pid == life.pid:
+                found = os.waitstatus_to_exitcode(status)

@@ -1,0 +1,158 @@
+"""Newcomers: heard, handed to the keeper, and only then welcome."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+
+from hangwatch.errors import ProtocolError
+from hangwatch.watch import admission
+from hangwatch.watch.keeper_link import KeeperLink
+from hangwatch.watch.loop import Loop
+from hangwatch.watch.takeover import descriptors_of, state_of
+from hangwatch.watch.watched import Watched
+
+HELLO_WITHIN = 2.0
+RESERVED_DESCRIPTORS = 64
+"""What those who are watched may need, pipes of helpers for example; no newcomer gets it."""
+
+_log = logging.getLogger("hangwatch.watch")
+
+
+@dataclass(eq=False, slots=True)
+class _Newcomer:
+    """A connection that has not been answered yet; `worker` once it has said hello."""
+
+    connection: socket.socket
+    until: float
+    worker: Watched | None = None
+
+
+class Reception:
+    """Accepts connections, hears their hellos, and waits until the keeper has its copy.
+
+    Args:
+        listener: a listening SOCK_SEQPACKET socket.
+        loop: what waits for it.
+        keeper: who keeps a copy of each worker's descriptors.
+        allowed_uids: who may be watched.
+        welcome: called with each newcomer that may be watched from now on.
+
+    Attributes:
+        first_number: the keeper's number of the next newcomer.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        loop: Loop,
+        keeper: KeeperLink,
+        allowed_uids: frozenset[int],
+        welcome: Callable[[Watched], None],
+    ) -> None:
+        self.first_number = 1
+        self._listener = listener
+        self._loop = loop
+        self._keeper = keeper
+        self._allowed_uids = allowed_uids
+        self._welcome = welcome
+        self._newcomers: dict[int, _Newcomer] = {}
+        self._offered: dict[int, _Newcomer] = {}
+        keeper.on_answer = self._answered
+        listener.setblocking(False)
+        loop.add(listener.fileno(), self._accept)
+
+    def tick(self, now: float) -> None:
+        """Look, a few times a second, for who was waited for too long."""
+        if self._listener.fileno() not in self._loop:
+            self._loop.add(self._listener.fileno(), self._accept)
+        for newcomer in list(self._newcomers.values()):
+            if newcomer.until < now:
+                self._dismiss(newcomer, "no hello came in time")
+        for number, newcomer in list(self._offered.items()):
+            if not self._keeper.alive:
+                self._answered(number, None)
+            elif newcomer.until < now:
+                self._keeper.drop(number)
+                self._answered(number, "the watcher's keeper does not answer: is it stopped?")
+
+    def _accept(self) -> None:
+        for _ in range(64):
+            try:
+                connection, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                    _log.warning("can't take a newcomer for now: %s", error.strerror)
+                    self._loop.remove(self._listener.fileno())
+                return
+            connection.setblocking(False)
+            newcomer = _Newcomer(connection, monotonic() + HELLO_WITHIN)
+            problem = lack_of_descriptors(connection.fileno())
+            self._newcomers[connection.fileno()] = newcomer
+            self._loop.add(connection.fileno(), lambda newcomer=newcomer: self._hear(newcomer))  # type: ignore[misc]
+            if problem is not None:
+                self._dismiss(newcomer, problem)
+
+    def _hear(self, newcomer: _Newcomer) -> None:
+        try:
+            worker, page = admission.admit(newcomer.connection, self._allowed_uids)
+        except BlockingIOError:
+            return
+        except (ProtocolError, OSError) as error:
+            self._dismiss(newcomer, str(error))
+            return
+        self._forget(newcomer)
+        newcomer.worker = worker
+        worker.number = self.first_number
+        self.first_number += 1
+        self._offered[worker.number] = newcomer
+        try:
+            descriptors = descriptors_of(worker, page)
+        except OSError as error:
+            os.close(page)
+            self._answered(worker.number, f"no descriptor is left ({error.strerror})")
+            return
+        self._keeper.keep(worker.number, state_of(worker), descriptors)
+        if not self._keeper.alive:
+            self._answered(worker.number, None)
+
+    def _answered(self, number: int, reason: str | None) -> None:
+        """Go on with a newcomer now that the keeper has it, or has said why it can't."""
+        newcomer = self._offered.pop(number, None)
+        if newcomer is None or newcomer.worker is None:  # it was waited for too long
+            return
+        if reason is None:
+            self._welcome(newcomer.worker)
+        else:
+            _log.warning("refused a newcomer: %s", reason)
+            admission.refuse(newcomer.connection, reason)
+            newcomer.worker.close()
+
+    def _dismiss(self, newcomer: _Newcomer, reason: str) -> None:
+        _log.warning("refused a newcomer: %s", reason)
+        self._forget(newcomer)
+        admission.refuse(newcomer.connection, reason)
+
+    def _forget(self, newcomer: _Newcomer) -> None:
+        descriptor = newcomer.connection.fileno()
+        self._loop.remove(descriptor)
+        del self._newcomers[descriptor]
+
+
+def lack_of_descriptors(number: int) -> str | None:
+    """Say why no newcomer can be taken, if its descriptor got a number too close to the limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY or number < limit - RESERVED_DESCRIPTORS:
+        return None
+    return (
+        f"the watcher is at its limit of {limit} open files: raise it where the watcher is "
+        "started ('ulimit -Hn', or LimitNOFILE= in its unit)"
+    )

@@ -1,0 +1,103 @@
+"""What a successor needs to know of a worker, and how it takes the worker over.
+
+The kernel holds the rest: a worker's page is in shared memory, and who it is can be
+asked of its socket anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+
+from hangwatch import wire
+from hangwatch.errors import ProtocolError
+from hangwatch.handover import Kept
+from hangwatch.process import Identity, read_stat
+from hangwatch.watch.identity import credentials_of, identify, kernel_gives_pidfds
+from hangwatch.watch.page_reader import PageReader
+from hangwatch.watch.watched import Watched
+
+# A worker that is only reported on may have this many open blocks that were reported.
+_MOST_JUDGED = 256
+
+
+def state_of(worker: Watched) -> bytes:
+    """Encode what the next watcher shall know of a worker besides its descriptors."""
+    return json.dumps(
+        {
+            "hello": wire.encode_hello(worker.hello).decode("ascii"),
+            "stacks_inode": worker.stacks_inode,
+            "welcomed": worker.welcomed,
+            "judged": sorted(worker.judged)[-_MOST_JUDGED:],
+        }
+    ).encode("ascii")
+
+
+def descriptors_of(worker: Watched, page: int) -> list[int]:
+    """Duplicate what the keeper shall keep of a worker.
+
+    Args:
+        worker: a newcomer.
+        page: its page's memfd; given away.
+    """
+    descriptors = [os.dup(worker.connection.fileno()), page]
+    if not kernel_gives_pidfds():
+        descriptors.append(os.dup(worker.identity.pidfd))
+    return descriptors
+
+
+def take_over(number: int, kept: Kept) -> Watched:
+    """Take over a worker of a watcher that has died.
+
+    Args:
+        number: what the keeper knows it by.
+        kept: this process's own copy of what the keeper has.
+
+    Raises:
+        ProtocolError: it has ended, or hung up.
+        Exception: what was kept of it is of no use; nothing of it is left open.
+    """
+    descriptors = list(kept.descriptors)
+    connection = socket.socket(fileno=descriptors.pop(0))
+    reader = identity = None
+    try:
+        reader = PageReader(descriptors[0])
+        # Before another one is opened: a successor needs no more of them than its predecessor.
+        os.close(descriptors.pop(0))
+        identity = _identify_again(connection, descriptors)
+        if identity.is_dead() or _hung_up(connection):
+            raise ProtocolError("it has left")
+        state = json.loads(kept.state)
+        return Watched(
+            connection=connection,
+            identity=identity,
+            hello=wire.decode_hello(state["hello"].encode()),
+            reader=reader,
+            stacks_inode=(state["stacks_inode"][0], state["stacks_inode"][1]),
+            number=number,
+            welcomed=state["welcomed"],
+            judged={(index, entry) for index, entry in state["judged"]},
+        )
+    except BaseException:
+        connection.close()
+        if reader is not None:
+            reader.close()
+        for descriptor in descriptors if identity is None else [identity.pidfd]:
+            os.close(descriptor)
+        raise
+
+
+def _identify_again(connection: socket.socket, held: list[int]) -> Identity:
+    if not held:
+        return identify(connection)
+    pid, uid = credentials_of(connection)
+    stat = read_stat(pid)
+    return Identity(pid, uid, 0 if stat is None else stat.start_ticks, held[0])
+
+
+def _hung_up(connection: socket.socket) -> bool:
+    try:
+        return not connection.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
