@@ -55,7 +55,7 @@ def watcher_of(keeper: int) -> int:
                 return int(pid)
 
 
-def gap(keeper: int, words: memoryview) -> float:
+def gap(keeper: int, words: memoryview[float]) -> float:
     """Kill the watcher; return the seconds until this process's page is visited again."""
     watcher = watcher_of(keeper)
     words[WATCH_UNTIL] = _MARK

@@ -34,6 +34,7 @@ _TGKILL_NUMBERS = {
 }
 _MEMBARRIER_GLOBAL_EXPEDITED = 1 << 1
 _MEMBARRIER_REGISTER_GLOBAL_EXPEDITED = 1 << 2
+_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _PROT_READ_WRITE = 3
 _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 0x02, 0x10, 0x20
@@ -122,6 +123,18 @@ def make_private(address: int, size: int) -> None:
     if _libc().mmap(address, size, _PROT_READ_WRITE, flags, -1, 0) != address:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when its `parent`, who forked it, ends.
+
+    Source: prctl(2), PR_SET_PDEATHSIG. It is the forking thread's end that counts.
+    """
+    import signal
+
+    _libc().prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:  # it ended before we asked
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def become_subreaper() -> None:

@@ -40,6 +40,7 @@ class Keeper:
         self._kept: dict[int, Kept] = {}
         self._signals = SignalPipe()
         self._stopping = False
+        self._lost_at: float | None = None
 
     def run(self) -> None:
         """Have a watcher until it ends by itself, or SIGTERM or SIGINT ends it and us."""
@@ -61,6 +62,8 @@ class Keeper:
                 if status is not None and not self._stopping:
                     how = f"with status {status}" if status > 0 else f"of signal {-status}"
                     _log.warning("the watcher (process %d) died %s and is replaced", life.pid, how)
+            if self._lost_at is None:
+                self._lost_at = monotonic()
             # Only a watcher that dies before it can do its work would do so again at once.
             back_off = 0.0 if ready else min(max(2 * back_off, _FIRST_BACK_OFF), _LONGEST_BACK_OFF)
             self._stopping |= self._signals.wait(back_off)
@@ -83,7 +86,7 @@ class Keeper:
             life.speak()
             life.listen()
             if life.ready:
-                self._notifier.watching(life.workers)
+                self._is_ready(life)
             status = self._reap(life)
             if status is not None:
                 return status
@@ -100,6 +103,16 @@ class Keeper:
                     select.select([life.pidfd], [], [], _DEAD_WITHIN)
                     self._reap(life)
                     return None
+
+    def _is_ready(self, life: WatcherLife) -> None:
+        self._notifier.watching(life.workers)
+        if self._lost_at is not None:
+            gap = (monotonic() - self._lost_at) * 1000
+            self._lost_at = None
+            _log.warning(
+                "its successor (process %d) watches all %d workers, %.0f ms later",
+                *(life.pid, life.workers, gap),
+            )
 
     def _reap(self, life: WatcherLife) -> int | None:
         """Wait for every child that has ended; return the watcher's status if it has."""

@@ -24,6 +24,7 @@ class Helper:
     Args:
         work: runs in the child; what it returns comes back as `result`.
         keep: descriptors that the child needs; all others are closed there.
+        outlives: whether the child goes on when its parent dies; else it dies with it.
         before_close: called with the pipe before it is closed.
 
     Attributes:
@@ -39,6 +40,7 @@ class Helper:
         self,
         work: Callable[[], bytes],
         keep: Iterable[int] = (),
+        outlives: bool = False,
         before_close: Callable[[int], None] = lambda pipe: None,
     ) -> None:
         self.pipe, write_end = os.pipe()
@@ -48,6 +50,7 @@ class Helper:
         self.result: bytes | None = None
         self.done = False
         sys.stderr.flush()
+        parent = os.getpid()
         try:
             self._pid = os.fork()
         except OSError:
@@ -55,7 +58,7 @@ class Helper:
             os.close(write_end)
             raise
         if self._pid == 0:
-            _run(work, write_end, keep)
+            _run(work, write_end, keep, None if outlives else parent)
         os.close(write_end)
 
     def read(self) -> None:
@@ -101,10 +104,14 @@ class Helper:
                 cls._unreaped.discard(pid)
 
 
-def _run(work: Callable[[], bytes], write_end: int, keep: Iterable[int]) -> None:
+def _run(
+    work: Callable[[], bytes], write_end: int, keep: Iterable[int], lives_with: int | None
+) -> None:
     status = 1
     try:
         gc.disable()
+        if lives_with is not None:
+            linux.die_with(lives_with)
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)

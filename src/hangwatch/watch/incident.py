@@ -7,6 +7,7 @@ and never waits by itself.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -19,13 +20,13 @@ from typing import Protocol
 
 from hangwatch.evidence.gather import gather
 from hangwatch.evidence.model import Action, Case, Evidence, OtherWorker, Outcome, Report
-from hangwatch.evidence.publish import publish
 from hangwatch.evidence.report import headline
 from hangwatch.evidence.stacks import Asked
 from hangwatch.process import Identity
 from hangwatch.watch.descendants import descendants_of
 from hangwatch.watch.helper import Helper
 from hangwatch.watch.page_reader import Armed
+from hangwatch.watch.reporter import Reporter
 from hangwatch.watch.settings import OnExpiry, Settings
 from hangwatch.watch.watched import Watched
 
@@ -48,7 +49,9 @@ class Surroundings(Protocol):
     def look(self, worker: Watched, slot: Armed) -> bool:
         """Tell whether the block has still not ended."""
 
-    def start_helper(self, work: Callable[[], bytes], keep: list[int]) -> Helper:
+    def start_helper(
+        self, work: Callable[[], bytes], keep: list[int], outlives: bool = False
+    ) -> Helper:
         """Run work in a process of its own."""
 
     def gathering(self) -> int:
@@ -104,6 +107,7 @@ class Incident:
         self._around = around
         self._settle = settle
         self._evidence: bytes | None = None
+        self._reporter: Reporter | None = None
         self._problems: list[str] = []
         self._actions: list[Action] = []
         self._signalled = False
@@ -134,6 +138,8 @@ class Incident:
                 yield from self._insist()
         finally:
             worker.busy = False
+            if self._reporter is not None:
+                self._reporter.hang_up()
             for held in self._tree.values():
                 os.close(held.pidfd)
 
@@ -191,6 +197,9 @@ class Incident:
         settings = self._around.settings
         if settings.on_expiry is OnExpiry.REPORT:
             return self._nothing_to_do() or Outcome.REPORTED
+        # Before anything is done, so that a report survives us; but no kill waits for it.
+        if self._around.publishing() < MOST_PUBLISHING:
+            self._start_reporter()
         outcome = None
         if settings.grace > 0:
             outcome = yield from self._step(signal.SIGTERM, settings.grace)
@@ -227,6 +236,8 @@ class Incident:
         outcome = self._nothing_to_do()
         if outcome is not None:
             return outcome
+        if self._reporter is not None:
+            self._reporter.about_to_send(number)
         self._note(number.name, worker.identity.send(number))
         self._signalled = True
         # Who leaves the block on SIGTERM may be on its way out: it has the whole grace.
@@ -260,31 +271,39 @@ class Incident:
     def _note(self, action: str, result: str) -> None:
         self._actions.append(Action(action, round(monotonic() - self.verdict.at, 6), result))
 
+    def _start_reporter(self) -> None:
+        verdict = self.verdict
+        with contextlib.suppress(OSError):
+            self._reporter = Reporter(
+                self._around.start_helper,
+                verdict.worker.identity,
+                verdict.at,
+                verdict.case,
+                self._evidence,
+                self._problems,
+                self._around.settings.report_dir,
+            )
+            self.publishing = True
+
     def _tell(self, outcome: Outcome) -> Course:
-        case, encoded, problems = self.verdict.case, self._evidence, list(self._problems)
-        actions, directory = list(self._actions), self._around.settings.report_dir
-
-        def work() -> bytes:
-            # The bytes are our own helper's, passed on through our own memory.
-            evidence = Evidence() if encoded is None else pickle.loads(encoded)
-            evidence.missing.extend(problems)
-            publish(Report(outcome, case, evidence, actions), directory)
-            return b""
-
         until = monotonic() + _PUBLISH_WITHIN
-        while self._around.publishing() >= MOST_PUBLISHING and monotonic() < until:
-            yield until
-        try:
-            helper = self._around.start_helper(work, [])
-        except OSError:
-            _log.warning("%s", headline(Report(outcome, case, Evidence(), actions)))
+        if self._reporter is None:
+            while self._around.publishing() >= MOST_PUBLISHING and monotonic() < until:
+                yield until
+            self._start_reporter()
+        reporter = self._reporter
+        if reporter is None:
+            report = Report(outcome, self.verdict.case, Evidence(), self._actions)
+            _log.warning("%s", headline(report))
             self.told = True
             return
-        self.publishing = True
-        while not helper.done and monotonic() < until:
+        reporter.finish(outcome, self._actions)
+        while not reporter.send_rest():
+            yield monotonic() + 0.005
+        while not reporter.helper.done and monotonic() < until:
             yield until
         self.publishing = False
-        helper.kill()
+        reporter.helper.kill()
         self.told = True
 
     def _insist(self) -> Course:

@@ -312,9 +312,11 @@ class Watcher:
         linux.fence()
         return worker.reader.is_still(slot)
 
-    def start_helper(self, work: Callable[[], bytes], keep: list[int]) -> Helper:
-        """Run work in a process of its own."""
-        helper = Helper(work, keep, before_close=self.loop.remove)
+    def start_helper(
+        self, work: Callable[[], bytes], keep: list[int], outlives: bool = False
+    ) -> Helper:
+        """Run work in a process of its own, which may outlive us."""
+        helper = Helper(work, keep, outlives, before_close=self.loop.remove)
 
         def read() -> None:
             helper.read()
