@@ -95,11 +95,12 @@ class Reception:
                 return
             connection.setblocking(False)
             newcomer = _Newcomer(connection, monotonic() + HELLO_WITHIN)
-            problem = lack_of_descriptors(connection.fileno())
             self._newcomers[connection.fileno()] = newcomer
             self._loop.add(connection.fileno(), lambda newcomer=newcomer: self._hear(newcomer))  # type: ignore[misc]
-            if problem is not None:
-                self._dismiss(newcomer, problem)
+            if lack_of_descriptors(connection.fileno(), RESERVED_DESCRIPTORS // 2):
+                # Those who come and say nothing must not use up the reserve.
+                self._loop.remove(self._listener.fileno())
+                return
 
     def _hear(self, newcomer: _Newcomer) -> None:
         try:
@@ -111,18 +112,18 @@ class Reception:
             return
         self._forget(newcomer)
         newcomer.worker = worker
+        # Said now, since what closes with a hello unread loses our answer.
+        problem = lack_of_descriptors(newcomer.connection.fileno())
         worker.number = self.first_number
         self.first_number += 1
         self._offered[worker.number] = newcomer
-        try:
-            descriptors = descriptors_of(worker, page)
-        except OSError as error:
+        if problem is not None:
             os.close(page)
-            self._answered(worker.number, f"no descriptor is left ({error.strerror})")
-            return
-        self._keeper.keep(worker.number, state_of(worker), descriptors)
-        if not self._keeper.alive:
-            self._answered(worker.number, None)
+            self._answered(worker.number, problem)
+        else:
+            self._keeper.keep(worker.number, state_of(worker), descriptors_of(worker, page))
+            if not self._keeper.alive:
+                self._answered(worker.number, None)
 
     def _answered(self, number: int, reason: str | None) -> None:
         """Go on with a newcomer now that the keeper has it, or has said why it can't."""
@@ -147,10 +148,10 @@ class Reception:
         del self._newcomers[descriptor]
 
 
-def lack_of_descriptors(number: int) -> str | None:
+def lack_of_descriptors(number: int, reserved: int = RESERVED_DESCRIPTORS) -> str | None:
     """Say why no newcomer can be taken, if its descriptor got a number too close to the limit."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit == resource.RLIM_INFINITY or number < limit - RESERVED_DESCRIPTORS:
+    if limit == resource.RLIM_INFINITY or number < limit - reserved:
         return None
     return (
         f"the watcher is at its limit of {limit} open files: raise it where the watcher is "
