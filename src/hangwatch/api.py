@@ -160,7 +160,7 @@ class Expiration:
         words = slot.words
         try:
             # No calls from here to the return of a quiet block: see PageWriter. The order
-            # of entry, deadline and watch_until is the protocol's.
+            # of entry, deadline and watch_until is the protocol's: tests/model/protocol.pml.
             words[slot.entry_at] = slot.entry
             words[slot.deadline_at] = deadline = now + slot.limit
             if now < words[WATCH_UNTIL] <= deadline:
@@ -168,6 +168,9 @@ class Expiration:
             slot.ring()
             # It may have been a handshake: the block's time begins now.
             words[slot.deadline_at] = monotonic() + slot.limit
+            if monotonic() >= deadline:
+                # The first deadline may have been found overdue, and the other one not yet.
+                slot.ring()
         except BaseException:
             words[slot.deadline_at] = 0.0
             raise
@@ -352,9 +355,11 @@ def arm(chosen: Slot | ContractBlock, block: object = None) -> None:
     slot = chosen.nest(block)
     try:
         slot.words[slot.entry_at] = slot.entry
-        slot.words[slot.deadline_at] = monotonic() + slot.limit
+        slot.words[slot.deadline_at] = deadline = monotonic() + slot.limit
         slot.ring()
         slot.words[slot.deadline_at] = monotonic() + slot.limit
+        if monotonic() >= deadline:
+            slot.ring()
     except BaseException:
         slot.words[slot.deadline_at] = 0.0
         raise

@@ -15,7 +15,7 @@ from hangwatch.errors import ProtocolError
 from hangwatch.handover import Kept
 from hangwatch.process import Identity, read_stat
 from hangwatch.watch.identity import credentials_of, identify, kernel_gives_pidfds
-from hangwatch.watch.page_reader import PageReader
+from hangwatch.watch.page_reader import Armed, PageReader
 from hangwatch.watch.watched import Watched
 
 # A worker that is only reported on may have this many open blocks that were reported.
@@ -29,7 +29,10 @@ def state_of(worker: Watched) -> bytes:
             "hello": wire.encode_hello(worker.hello).decode("ascii"),
             "stacks_inode": worker.stacks_inode,
             "welcomed": worker.welcomed,
-            "judged": sorted(worker.judged)[-_MOST_JUDGED:],
+            "judged": [
+                (slot.index, slot.entry, slot.deadline)
+                for slot in sorted(worker.judged, key=lambda slot: slot.deadline)
+            ][-_MOST_JUDGED:],
         }
     ).encode("ascii")
 
@@ -77,7 +80,7 @@ def take_over(number: int, kept: Kept) -> Watched:
             stacks_inode=(state["stacks_inode"][0], state["stacks_inode"][1]),
             number=number,
             welcomed=state["welcomed"],
-            judged={(index, entry) for index, entry in state["judged"]},
+            judged={Armed(*slot) for slot in state["judged"]},
         )
     except BaseException:
         connection.close()

@@ -2,7 +2,8 @@
 
 This is the watcher's half of the protocol. The worker's half is `Expiration.__enter__`:
 store entry and deadline, then load watch_until, and ring unless
-``now < watch_until <= deadline``.
+``now < watch_until <= deadline``. A model checker goes through both, step by step:
+tests/model/protocol.pml.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def visit(
     fence: Callable[[], bool],
     clock: Callable[[], float],
     before: list[float],
-    judged: set[tuple[int, float]],
+    judged: set[Armed],
 ) -> Visit:
     """Visit a page and leave a promise there.
 
@@ -43,7 +44,7 @@ def visit(
         fence: orders the store of 0 before the reads, on the worker's CPU too.
         clock: CLOCK_MONOTONIC in seconds.
         before: the entry counters of the visit before this one.
-        judged: (slot, entry) pairs that are not due a second time.
+        judged: what is not due a second time.
 
     Returns:
         What was found. The worker stays quiet until `again` unless a new deadline
@@ -54,7 +55,7 @@ def visit(
     entries = reader.entries()
     armed = reader.armed()
     now = clock()
-    waiting = [slot for slot in armed if (slot.index, slot.entry) not in judged]
+    waiting = [slot for slot in armed if slot not in judged]
     due = sorted((slot for slot in waiting if slot.deadline <= now), key=lambda s: s.deadline)
     again = min((slot.deadline for slot in waiting if slot.deadline > now), default=inf)
     # A slot in use that is unarmed just now will be armed again before long. Promising

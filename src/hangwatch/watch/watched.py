@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from hangwatch.process import Identity
-from hangwatch.watch.page_reader import PageReader
+from hangwatch.watch.page_reader import Armed, PageReader
 from hangwatch.wire import Hello
 
 
@@ -54,7 +54,8 @@ class Watched:
         number: what the keeper knows it by.
         welcomed: whether its hello has been answered.
         entries: the entry counters at the last visit.
-        judged: (slot, entry) pairs that an incident has dealt with.
+        judged: what an incident has dealt with. A block that moved its deadline since, which
+            it does after a ring that took long, is judged anew.
         busy: whether an incident is under way; one at a time a worker.
         left: whether the watch has ended; an incident may still hold it.
         next_visit: when its page is looked at next (CLOCK_MONOTONIC).
@@ -70,7 +71,7 @@ class Watched:
     number: int = 0
     welcomed: bool = False
     entries: list[float] = field(default_factory=list)
-    judged: set[tuple[int, float]] = field(default_factory=set)
+    judged: set[Armed] = field(default_factory=set)
     busy: bool = False
     left: bool = False
     next_visit: float = 0.0
@@ -83,7 +84,7 @@ class Watched:
 
     def forget_ended(self) -> None:
         """Forget the judged blocks that have ended."""
-        self.judged &= {(slot.index, slot.entry) for slot in self.reader.armed()}
+        self.judged &= set(self.reader.armed())
 
     def close(self) -> None:
         """Let go of everything."""
