@@ -66,7 +66,7 @@ class Keeper:
                 self._lost_at = monotonic()
             # Only a watcher that dies before it can do its work would do so again at once.
             back_off = 0.0 if ready else min(max(2 * back_off, _FIRST_BACK_OFF), _LONGEST_BACK_OFF)
-            self._stopping |= self._signals.wait(back_off)
+            self._hear_signals(back_off)
 
     def _attend(self, life: WatcherLife) -> int | None:
         """Keep what a watcher hands over, until it ends or must be replaced.
@@ -84,15 +84,12 @@ class Keeper:
             if monotonic() - until > _OVERSLEPT:
                 life.has_spoken()
             life.speak()
-            life.listen()
-            if life.ready:
+            if life.listen() and life.ready:
                 self._is_ready(life)
             status = self._reap(life)
             if status is not None:
                 return status
-            if self._signals.take() and not self._stopping:
-                self._stopping = True
-                self._notifier.tell("STOPPING=1")
+            if self._hear_signals():
                 life.tell_to_stop()
             if monotonic() >= life.look_at:
                 reason = life.why_replace()
@@ -103,6 +100,14 @@ class Keeper:
                     select.select([life.pidfd], [], [], _DEAD_WITHIN)
                     self._reap(life)
                     return None
+
+    def _hear_signals(self, within: float = 0.0) -> bool:
+        """Wait for a signal that asks us to stop; tell whether the first one has come."""
+        if not self._signals.wait(within) or self._stopping:
+            return False
+        self._stopping = True
+        self._notifier.tell("STOPPING=1")
+        return True
 
     def _is_ready(self, life: WatcherLife) -> None:
         self._notifier.watching(life.workers)

@@ -82,18 +82,21 @@ class WatcherLife:
         self._silent_since = monotonic()
         self.look_at = self._silent_since + _STOPPED_FOR
 
-    def listen(self) -> None:
-        """Take what it has sent; never blocks."""
+    def listen(self) -> bool:
+        """Take what it has sent, and tell whether that was anything; never blocks."""
+        heard = False
         while not self.answers:
             try:
                 message = handover.receive(self.link)
             except BlockingIOError:
-                return
+                break
             if message is None:
-                return
+                break
+            heard = True
             self.has_spoken()
             self._take(message)
             self.speak()
+        return heard
 
     def speak(self) -> None:
         """Send what it was not told yet, as far as there is room."""
