@@ -5,21 +5,26 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 # How often `make zoo` meets each program.
 N ?= 1
+# How many seconds `make stress-handover` takes.
+FOR ?= 300
 
 comma := ,
 VENV := .venv
 CHECK := .venv-check
 INTEROP := .venv-interop
 
-.PHONY: help demo test check interop zoo bench-arm clean
+.PHONY: help demo test check model interop zoo bench-arm bench-handover stress-handover clean
 
 help:
 	@echo "make demo       watch four workers until one hangs"
 	@echo "make test       run the tests (no torch)"
 	@echo "make check      ruff and mypy"
+	@echo "make model      check the protocol's model with Spin (needs spin and gcc)"
 	@echo "make interop    what needs torch 2.13.0: a torchrun job that hangs and goes on"
 	@echo "make zoo N=20   meet every program of the hang zoo N times, print the lateness"
 	@echo "make bench-arm  what a block costs"
+	@echo "make bench-handover            how long nobody watches after the watcher's death"
+	@echo "make stress-handover FOR=300   kill and stop watchers for so many seconds"
 
 # A machine without the venv module, or with an older Python, gets one clear sentence.
 define python_is_usable
@@ -58,6 +63,10 @@ check: $(CHECK)/ready
 	$(CHECK)/bin/ruff format --check .
 	$(CHECK)/bin/mypy
 
+model:
+	$(python_is_usable)
+	$(PYTHON) tests/model/check.py
+
 interop: $(INTEROP)/ready
 	$(INTEROP)/bin/python -m pytest -m interop -n 0 tests/interop
 
@@ -66,6 +75,12 @@ zoo: $(VENV)/ready
 
 bench-arm: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/arm.py
+
+bench-handover: $(VENV)/ready
+	$(VENV)/bin/python benchmarks/handover.py
+
+stress-handover: $(VENV)/ready
+	PYTHONPATH=tests $(VENV)/bin/python -m stress.handover $(FOR)
 
 clean:
 	rm -rf $(VENV) $(CHECK) $(INTEROP) dist build

@@ -264,6 +264,42 @@ def test_a_worker_that_the_fence_does_not_reach_is_swept(watcher: RunningWatcher
     assert watcher.report(pid=worker.pid)["scope"]["late_s"] < 5
 
 
+MOVED = """
+import mmap, os, socket, sys, time
+sys.path[:0] = sys.argv[2:]
+from support.raw_worker import connect, hello, memfd
+from hangwatch import page
+descriptor = memfd()
+with connect(sys.argv[1]) as connection:
+    socket.send_fds(connection, [hello(page_fd=descriptor)], [descriptor])
+    connection.recv(100)
+    words = memoryview(mmap.mmap(descriptor, page.PAGE_BYTES)).cast("d")
+    words[page.SLOTS_IN_USE] = 1.0
+    words[page.deadline_word(0) + page.LIMIT] = 0.2
+    words[page.deadline_word(0) + page.ENTRY] = 1.0
+    for _ in range(2):
+        words[page.deadline_word(0)] = time.monotonic() + 0.2
+        connection.send(b"!")
+        sys.stdin.readline()
+"""
+
+
+def test_a_block_whose_deadline_has_moved_is_judged_anew(start_watcher: StartWatcher) -> None:
+    """As one does whose first ring took longer than its limit; the entry is the same."""
+    watcher = start_watcher(on_expiry="report")
+    worker = watcher.python(
+        "-c", MOVED, watcher.address, *filter(None, sys.path), stdin=subprocess.PIPE
+    )
+    assert worker.stdin is not None
+    for count in (1, 2):
+        wait_until(lambda count=count: len(watcher.reports()) == count, f"report {count}")  # type: ignore[misc]
+        time.sleep(0.3)  # the incident is over
+        worker.stdin.write("go on\n")
+        worker.stdin.flush()
+    worker.communicate(timeout=30)
+    assert len(watcher.reports()) == 2
+
+
 def test_many_hangs_at_once_are_all_ended(start_watcher: StartWatcher) -> None:
     watcher = start_watcher()
     script = "import time, hangwatch\nwith hangwatch.expires(1.5, 'many'): time.sleep(1000)"

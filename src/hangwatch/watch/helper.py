@@ -118,8 +118,10 @@ def _run(
         linux.name_process("hw-evidence")
         _close_all_but({0, 1, 2, write_end, *keep})
         data = work() + b"\n"
-        while data:
-            data = data[os.write(write_end, data) :]
+        # Who outlives its parent has nobody to send a result to.
+        with contextlib.suppress(BrokenPipeError):
+            while data:
+                data = data[os.write(write_end, data) :]
         status = 0
     except BaseException:
         traceback.print_exc()

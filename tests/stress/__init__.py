@@ -1,0 +1,1 @@
+"""Long runs under faults that never stop; `make stress-handover`."""
