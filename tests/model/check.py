@@ -31,7 +31,7 @@ class Variant:
 
 
 ONE, TWO = "THREADS=1", "THREADS=2 ARMS=1 LAST=2 ONE_LIMIT"
-PAGES = f"{TWO} PAGES=2 DEATHS=1"
+PAGES = "THREADS=2 ARMS=1 LAST=1 ONE_LIMIT PAGES=2 DEATHS=1"
 SWEPT = f"{ONE} NO_FENCE LAST=5"
 
 VARIANTS = [
@@ -70,7 +70,7 @@ VARIANTS = [
     Variant("reach-unarmed", False, f"{ONE} REACH=2", "... by a promise of an unarmed slot"),
     Variant("reach-found", False, f"{TWO} REACH=3", "a deadline is found due"),
     Variant("reach-found-quiet", False, f"{ONE} REACH=4", "... of a block that never rang"),
-    Variant("reach-successor", False, f"{PAGES} REACH=5", "... by a successor, in the last page"),
+    Variant("reach-successor", False, f"{ONE} DEATHS=1 REACH=5", "... by a successor"),
     Variant("reach-told-twice", False, f"{ONE} REACH=6", "... and the later one of that entry"),
     Variant("reach-swept", False, f"{SWEPT} SWEEP=2 REACH=7", "... that only the sweep can find"),
     Variant("reach-full", False, f"{ONE} REACH=8", "a ring that finds the socket full"),

@@ -6,6 +6,7 @@
  *
  *   sizes     THREADS 1 or 2, PAGES 1 or 2 (with 2, thread t is alone in page t), ARMS: how often
  *             a thread enters a block, LAST: when the clock stops, DEATHS: how many watchers die
+ *             ONE_LIMIT a thread: fewer states
  *   worlds    NO_FENCE, SWEEP=period, BUDGET, STOPPED
  *   breaks    the names in capitals further down, each one deliberate error
  *   REACH=n   to show that something happens: its place in the model fails an assertion
