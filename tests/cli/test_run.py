@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,6 +148,47 @@ def test_a_hang_is_reported_and_the_status_tells(tmp_path: Path) -> None:
     report = json.loads((path / "report.json").read_text())
     assert (report["outcome"], report["scope"]["name"]) == ("reaped", "stuck")
     assert (path / "report.txt").read_text().startswith("worker ")
+
+
+KEEPER_KILLER = """
+import os, signal, subprocess, sys, time, hangwatch
+launcher = os.getppid()
+for pid in open(f"/proc/{launcher}/task/{launcher}/children").read().split():
+    if open(f"/proc/{pid}/comm").read() == "hw-keeper\\n":
+        keeper = int(pid)
+HUNG = "import time, hangwatch\\nwith hangwatch.expires(0.3, 'in'): time.sleep(1000)"
+with hangwatch.expires(30, "outer"):
+    os.kill(keeper, signal.SIGKILL)
+    time.sleep(0.3)
+    sys.exit(subprocess.run([sys.executable, "-c", HUNG]).returncode + 20)
+"""
+
+
+def test_the_keeper_s_death_is_said_and_the_watcher_goes_on(tmp_path: Path) -> None:
+    result = run("--", sys.executable, "-c", KEEPER_KILLER, cwd=tmp_path)
+    assert result.returncode == 20 - 9, result.stderr
+    assert "the keeper died; the watcher goes on" in result.stderr
+    assert "overran 'in'" in result.stderr
+
+
+def test_in_a_container_it_may_be_the_first_process(tmp_path: Path) -> None:
+    if shutil.which("unshare") is None or os.geteuid() != 0:
+        pytest.skip("needs root to make a pid namespace")
+    process = subprocess.Popen(
+        [
+            *("unshare", "--pid", "--fork", "--mount-proc", *RUN, "--", "sh", "-c"),
+            "(sleep 0.1 &) ; echo $PPID; exec sleep 1000",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "1\n"
+    (first,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(first), signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    process.stdout.close()
 
 
 def test_report_only(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def _wait(command: int, watcher: WatcherProcess) -> int:
             return status
         if not warned and watcher.ended() is not None:
             warned = True
-            _say("the watcher died; the command runs on unwatched")
+            _say("the keeper died; the watcher goes on until its last worker has left")
 
 
 def _reap(command: int, watcher: int) -> int | None:
