@@ -110,7 +110,8 @@ def test_the_service_manager_is_told_by_the_main_process_and_hears_of_a_dead_wat
         with pytest.raises(TimeoutError):
             hear()
         notify.settimeout(30)
-        assert "WATCHDOG=1" in hear(), "its successor's"
+        assert "WATCHDOG=1" in hear()
+        assert watcher_below(service.pid) not in (None, watcher), "it is its successor's"
     finally:
         service.terminate()
         service.wait(30)

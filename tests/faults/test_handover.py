@@ -170,6 +170,16 @@ def test_who_left_while_nobody_watched_is_dropped_without_a_word(served: Running
     assert (served.reports(), served.pid) == ([], first)
 
 
+def test_who_leaves_is_let_go_of_by_the_keeper_too(served: RunningWatcher) -> None:
+    before = open_files(served.keeper_pid), open_files(served.pid)
+    worker = start(served, STEADY, "0.5")
+    assert open_files(served.keeper_pid) == before[0] + 2
+    worker.communicate()
+    wait_until(
+        lambda: (open_files(served.keeper_pid), open_files(served.pid)) == before, "nothing is left"
+    )
+
+
 def test_what_was_reported_is_not_reported_again(start_watcher: StartWatcher) -> None:
     watcher = start_watcher(on_expiry="report")
     worker = start(watcher, HUNG_IN_C, "0.3")
