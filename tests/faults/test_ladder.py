@@ -387,3 +387,31 @@ def test_a_report_folder_that_can_t_be_written(
     assert f"worker {worker.pid} overran 'x'" in log
     assert "time.sleep" in log or "<- holds the scope" in log
     assert "can't be written to" in log
+
+
+@pytest.mark.parametrize("ringing_takes", [0.4, 3.0], ids=["found", "reported"])
+def test_a_ring_that_outlasts_the_limit_costs_no_deadline(
+    start_watcher: StartWatcher, ringing_takes: float
+) -> None:
+    watcher = start_watcher(on_expiry="report")
+    worker = watcher.python(
+        "-c",
+        f"""
+import time, hangwatch
+from hangwatch.worker.client import WorkerClient
+ring, slow = WorkerClient.ring, False
+def ring_slowly(self):
+    global slow
+    ring(self)
+    if slow:  # as if another thread had the GIL meanwhile
+        slow = False
+        time.sleep({ringing_takes})
+WorkerClient.ring = ring_slowly
+with hangwatch.expires(1000, "connect"): pass
+slow = True
+with hangwatch.expires(0.3, "slow"): time.sleep(1000)
+""",
+    )
+    wait_until(lambda: len(watcher.reports()) == 2, "a report of each deadline")
+    worker.kill()
+    worker.communicate()

@@ -127,7 +127,6 @@ class Incident:
 
     def _run(self) -> Course:
         worker = self.verdict.worker
-        worker.busy = True
         try:
             yield from self._wait_to_settle()
             if self._overdue():

@@ -286,6 +286,7 @@ class Watcher:
         verdict = Verdict(worker, slot, at, case, worker.reader.thread_names())
         incident = Incident(verdict, self, settle)
         # It begins in this turn of the loop, once every page that is due has been visited.
+        worker.busy = True
         self._incidents.append(incident)
 
     def _resume_incidents(self) -> None:

@@ -1,0 +1,116 @@
+"""What one visit of a page leaves to the next; the races that tests/model found."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from math import inf
+from pathlib import Path
+
+import pytest
+
+from hangwatch.evidence.model import Case
+from hangwatch.page import DEADLINE, ENTRY, LIMIT, SLOTS_IN_USE, deadline_word
+from hangwatch.process import Identity
+from hangwatch.watch import watcher as watcher_module
+from hangwatch.watch.page_reader import Armed
+from hangwatch.watch.settings import OnExpiry, Settings
+from hangwatch.watch.watched import Watched
+from hangwatch.watch.watcher import Watcher
+from hangwatch.wire import Hello
+from support.pages import quiet_page
+
+
+class Scene:
+    """A watcher in this process that watches a page of this process, by hand."""
+
+    def __init__(self, words: memoryview[float], watched: Watched, watcher: Watcher) -> None:
+        self.words, self.worker, self.watcher = words, watched, watcher
+
+    def arm(self, index: int, deadline: float, entry: float = 1.0) -> None:
+        at = deadline_word(index)
+        self.words[at + LIMIT] = 1.0
+        self.words[at + ENTRY] = entry
+        self.words[at + DEADLINE] = deadline
+        self.words[SLOTS_IN_USE] = max(self.words[SLOTS_IN_USE], index + 1.0)
+
+    def found(self) -> list[tuple[int, float]]:
+        """Return slot and deadline of every verdict so far."""
+        slots = [incident.verdict.slot for incident in self.watcher._incidents]
+        return [(slot.index, slot.deadline) for slot in slots]
+
+
+@pytest.fixture
+def scene() -> Iterator[Scene]:
+    with quiet_page() as client, tempfile.TemporaryDirectory() as folder:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind(str(Path(folder) / "socket"))
+        listener.listen()
+        link, keeper = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        settings = Settings(OnExpiry.REPORT, 0, False, None, frozenset())
+        with listener, link, keeper, theirs:
+            watched = Watched(
+                connection=ours,
+                identity=Identity(os.getpid(), os.getuid(), 0, os.pidfd_open(os.getpid())),
+                hello=Hello(client.page.descriptor.number, 0.0, True, {}, [], "", None),
+                reader=client.reader(),
+                stacks_inode=(0, 0),
+            )
+            watcher = Watcher(listener, link, settings)
+            watcher.loop.add(ours.fileno(), lambda: None)
+            yield Scene(client.page.words, watched, watcher)
+            watched.close()
+
+
+def test_another_due_block_is_found_if_the_first_ends_meanwhile(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = watcher_module.case_of
+
+    def ends_meanwhile(worker: Watched, slot: Armed, at: float) -> Case | None:
+        scene.words[deadline_word(0)] = 0.0
+        return real(worker, slot, at)
+
+    monkeypatch.setattr(watcher_module, "case_of", ends_meanwhile)
+    now = time.monotonic()
+    scene.arm(0, now - 2)
+    scene.arm(1, now - 1)
+    scene.watcher._visit(scene.worker)
+    assert scene.found() == []
+    assert scene.worker.next_visit <= time.monotonic()
+    scene.watcher._visit_due()
+    assert scene.found() == [(1, now - 1)]
+
+
+def test_a_block_whose_deadline_is_set_anew_is_found_again(scene: Scene) -> None:
+    now = time.monotonic()
+    scene.arm(0, now - 2)
+    scene.watcher._visit(scene.worker)
+    scene.worker.busy = False
+    scene.arm(0, now - 1)  # the same entry: a slow ring has returned
+    scene.watcher._visit(scene.worker)
+    assert scene.found() == [(0, now - 2), (0, now - 1)]
+
+
+def test_one_incident_at_a_time_also_before_it_has_begun(scene: Scene) -> None:
+    now = time.monotonic()
+    scene.arm(0, now - 2)
+    scene.arm(1, now - 1)
+    scene.watcher._visit(scene.worker)
+    scene.watcher._visit(scene.worker)
+    assert scene.found() == [(0, now - 2)]
+
+
+def test_whichever_visit_comes_first_hears_a_muted_worker_again(scene: Scene) -> None:
+    worker = scene.worker
+    worker.budget.credit = -0.01
+    worker.budget._filled_at = time.monotonic()
+    scene.watcher._visit(worker)
+    assert worker.muted
+    worker.budget.credit = 0.05
+    scene.watcher._visit(worker)  # a sweep, or the end of an incident
+    assert (worker.muted, worker.next_visit) == (False, inf)
