@@ -6,9 +6,10 @@
  *
  *   sizes     THREADS 1 or 2, PAGES 1 or 2 (with 2, thread t is alone in page t), ARMS: how often
  *             a thread enters a block, LAST: when the clock stops, DEATHS: how many watchers die
- *             ONE_LIMIT a thread: fewer states
- *   worlds    NO_FENCE, SWEEP=period, BUDGET, STOPPED
- *   breaks    the names in capitals further down, each one deliberate error
+ *   worlds    NO_FENCE; SWEEP=period; BUDGET: visits may be refused; STOPPED: not replaced
+ *   coarser   COARSE: no entry counters, and a thread's blocks have all the same limit (1 for
+ *             thread 0, 2 for thread 1; SAME_LIMIT: 1 for both); ONE_STORE: ringing is quick
+ *   breaks    all other switches, each one deliberate error, named by what is wrong
  *   REACH=n   to show that something happens: its place in the model fails an assertion
  */
 
@@ -26,6 +27,11 @@
 #endif
 #ifndef DEATHS
 #define DEATHS 0
+#endif
+#ifdef SAME_LIMIT
+#define LIMIT_OF(t) 1
+#else
+#define LIMIT_OF(t) (t + 1)
 #endif
 #ifndef REACH
 #define REACH 0
@@ -146,12 +152,12 @@ end:
 /* ---- the worker's half: api.py Expiration.__enter__ ---- */
 
 /* The property's own book-keeping, in the same step as the store of a deadline. */
-inline note_deadline(t, stored) {
+inline note_deadline(t, until) {
     if
-    :: mine[t] != stored -> found[t] = 0
+    :: mine[t] != until -> found[t] = 0
     :: else
     fi;
-    mine[t] = stored
+    mine[t] = until
 }
 
 /* worker/client.py ring, worker/connection.py WatcherSocket.ring: send(2) takes the socket's
@@ -194,7 +200,7 @@ inline move_in(t) {
 
 proctype thread(byte t) {
     mtype word; byte value;
-    byte times, clock, first, seen;
+    byte times, clock, length, first, seen;
     do
     :: times < ARMS ->
         times++;
@@ -205,8 +211,8 @@ proctype thread(byte t) {
          * the slot: PageWriter._move_in. */
         atomic {
             clock = now;
-#ifdef ONE_LIMIT
-            first = clock + 1 + t
+#ifdef COARSE
+            first = clock + LIMIT_OF(t)
 #else
             if
             :: first = clock + 1
@@ -217,42 +223,51 @@ proctype thread(byte t) {
 #ifdef LOOK_BEFORE_STORE
         seen = watch_until[PAGE_OF(t)];
 #endif
+#ifndef COARSE
         buffer[t] ! ENTRY, times; /* words[slot.entry_at] = slot.entry */
+#endif
         /* words[slot.deadline_at] = deadline = now + slot.limit */
         atomic { buffer[t] ! DEADLINE, first; note_deadline(t, first) };
-        /* if now < words[WATCH_UNTIL] <= deadline: one load */
-#ifndef LOOK_BEFORE_STORE
-        seen = watch_until[PAGE_OF(t)];
-#endif
-        if
-#ifdef TWO_LOADS
-        :: clock < seen && watch_until[PAGE_OF(t)] <= first ->
+        /* if now < words[WATCH_UNTIL] <= deadline: one load, and what follows from it */
+        atomic {
+#ifdef LOOK_BEFORE_STORE
+            skip;
 #else
+            seen = watch_until[PAGE_OF(t)];
+#endif
+            if
 #ifdef QUIET_WITHOUT_PROMISE
-        :: seen <= first ->
+            :: seen <= first ->
 #else
-        :: clock < seen && seen <= first ->
+            :: clock < seen && seen <= first ->
 #endif
-#endif
-            d_step {
-                covered[t] = 1; /* return self */
                 REACHED(QUIET);
-                REACHING(quiet[t] = 1; assert(!(REACH == QUIET_UNARMED && unarmed_at_visit[t])));
-                clock = 0; first = 0; seen = 0
-            }
-        :: else ->
-            seen = 0;
+                REACHING(quiet[t] = 1);
+                REACHING(assert(!(REACH == QUIET_UNARMED && unarmed_at_visit[t])));
+                seen = FAR; covered[t] = 1 /* return self */
+            :: else -> seen = 0
+            fi
+        };
+        if
+        :: seen == FAR -> d_step { clock = 0; first = 0; seen = 0 }
+        :: seen == 0 ->
             ring(t); /* slot.ring() */
+#ifndef ONE_STORE
             /* It may take long: a handshake, or another thread holds the GIL meanwhile.
              * words[slot.deadline_at] = monotonic() + slot.limit */
-            d_step { value = first - clock; clock = now };
+#ifdef COARSE
             atomic {
-                buffer[t] ! DEADLINE, clock + value;
-                note_deadline(t, clock + value);
+                length = first - clock; clock = now;
+#else
+            d_step { length = first - clock; clock = now };
+            atomic {
+#endif
+                buffer[t] ! DEADLINE, clock + length;
+                note_deadline(t, clock + length);
 #ifndef NO_SECOND_RING
                 covered[t] = 0;
 #endif
-                clock = 0; value = 0
+                clock = 0; length = 0
             };
 #ifndef NO_SECOND_RING
             /* The first deadline may have been found due, and then the watcher reckons
@@ -262,7 +277,8 @@ proctype thread(byte t) {
             :: now < first -> covered[t] = 1
             fi;
 #endif
-            first = 0
+#endif
+            d_step { clock = 0; first = 0 }
         fi;
 #ifdef SLOTS_IN_USE_AFTER_ARMING
         move_in(t);
@@ -294,10 +310,13 @@ inline read_slot(t) {
     if
     :: PAGE_OF(t) == p && slots_in_use[p] > INDEX_OF(t) ->
         seen_deadline[t] = deadline[t];
+#ifndef COARSE
         if
         :: seen_deadline[t] > 0 -> seen_entry[t] = entry[t]
         :: else
         fi
+#endif
+        skip
     :: else
     fi
 }
@@ -335,15 +354,15 @@ inline reckon_unarmed(t) {
 #ifndef PROMISE_WITHOUT_UNARMED
     if
     :: PAGE_OF(t) == p && slots_in_use[p] > INDEX_OF(t) && seen_deadline[t] == 0 ->
-#ifdef ONE_LIMIT
-        again = (clock + 1 + t < again -> clock + 1 + t : again)
-#else
         if
+#ifdef COARSE
+        :: again = (clock + LIMIT_OF(t) < again -> clock + LIMIT_OF(t) : again)
+#else
         :: again = (clock + 1 < again -> clock + 1 : again)
         :: again = (clock + 2 < again -> clock + 2 : again)
+#endif
         :: true
         fi
-#endif
     :: else
     fi
 #else
@@ -477,9 +496,9 @@ start:
                 reckon(1);
                 reckon_unarmed(1);
 #endif
-                clock = 0
+                clock = 0;
+                watcher_buffer ! p, again /* reader.promise(again); visible when it likes */
             };
-            watcher_buffer ! p, again; /* reader.promise(again); becomes visible when it likes */
             /* watcher.py Watcher._visit: found.due, one incident at a time a worker */
             if
             :: due & 1 && !busy[p] -> open_incident(0)
@@ -526,7 +545,7 @@ end_asleep:
                 :: next_visit[1] <= now -> todo = 2
                 :: busy[1] -> busy[1] = 0; todo = 2
 #endif
-#ifdef SWEEP
+#if defined(SWEEP) && !defined(NO_SWEEP)
                 :: now >= next_sweep -> /* Watcher._tick */
                     next_sweep = now + SWEEP; swept = 1; todo = ALL
 #endif
@@ -626,17 +645,26 @@ end:
  * The sweep's bound, without the fence. Here the watcher runs as soon as it has something to do
  * (else its own delay comes on top), so time passes only while it sleeps for good reason.
  */
-#define AWAKE (!asleep || killed || rung[0] || busy[0] || next_visit[0] <= now || now >= next_sweep)
+#ifdef NO_SWEEP
+#define SWEEP_DUE false
+#else
+#define SWEEP_DUE (now >= next_sweep)
+#endif
+#define AWAKE (!asleep || killed || rung[0] || busy[0] || next_visit[0] <= now \
+    || SWEEP_DUE)
 
 /* watcher.py Watcher._tick: found at the latest at the deadline, or one sweep after the store
  * became visible, whichever is later; so within one sweep of the later of the two. */
+#ifndef BOUND
+#define BOUND SWEEP
+#endif
 #define LATER_OF(a, b) (a > b -> a : b)
-#define OVERDUE(t) (deadline[t] > 0 && len(buffer[t]) == 0 && !found[t] \
-    && LATER_OF(mine[t], visible_at[t] + SWEEP) <= now)
+#define OVERDUE(t) (mine[t] > 0 && len(buffer[t]) == 0 && !found[t] \
+    && LATER_OF(mine[t], visible_at[t] + BOUND) <= now)
 
 active proctype time() {
     do
-    :: d_step { now < LAST && !AWAKE -> 
+    :: d_step { now < LAST && !AWAKE ->
            assert(!OVERDUE(0));
 #if THREADS == 2
            assert(!OVERDUE(1));
