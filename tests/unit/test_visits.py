@@ -16,6 +16,7 @@ from hangwatch.evidence.model import Case
 from hangwatch.page import DEADLINE, ENTRY, LIMIT, SLOTS_IN_USE, deadline_word
 from hangwatch.process import Identity
 from hangwatch.watch import watcher as watcher_module
+from hangwatch.watch.case import case_of
 from hangwatch.watch.page_reader import Armed
 from hangwatch.watch.settings import OnExpiry, Settings
 from hangwatch.watch.watched import Watched
@@ -69,11 +70,9 @@ def scene() -> Iterator[Scene]:
 def test_another_due_block_is_found_if_the_first_ends_meanwhile(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = watcher_module.case_of
-
     def ends_meanwhile(worker: Watched, slot: Armed, at: float) -> Case | None:
         scene.words[deadline_word(0)] = 0.0
-        return real(worker, slot, at)
+        return case_of(worker, slot, at)
 
     monkeypatch.setattr(watcher_module, "case_of", ends_meanwhile)
     now = time.monotonic()
