@@ -47,6 +47,17 @@ def read_stat(pid: int) -> ProcessStat | None:
         return None
 
 
+def wait_readable(descriptor: int, within: float) -> bool:
+    """Wait some seconds for a descriptor, a process's pidfd for example, to become readable.
+
+    Source: poll(2), which unlike select(2) takes descriptors of any number; pidfd_open(2):
+    readable means that the process has ended.
+    """
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(within * 1000))
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """One process, for as long as we hold it.
@@ -63,11 +74,9 @@ class Identity:
     start_ticks: int
     pidfd: int
 
-    def is_dead(self) -> bool:
-        """Tell whether the process has ended; pidfd_open(2): readable means it has."""
-        poll = select.poll()
-        poll.register(self.pidfd, select.POLLIN)
-        return bool(poll.poll(0))
+    def is_dead(self, within: float = 0.0) -> bool:
+        """Tell whether the process has ended, or does so within some seconds."""
+        return wait_readable(self.pidfd, within)
 
     def send(self, number: int) -> str:
         """Send a signal; say in words what came of it."""

@@ -387,6 +387,36 @@ class TestTheLimitOfOpenFiles:
         assert answer(served.address, hello(), [memfd()]) is None
 
 
+def test_more_workers_than_select_has_numbers(served: RunningWatcher) -> None:
+    """Of keeper, watcher and successors, each has descriptors beyond 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 4096:
+        pytest.skip("the limit of open files is too low for 600 workers")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4096, hard))
+    page = memfd()
+    with contextlib.ExitStack() as stack:
+        for _ in range(600):
+            connection = stack.enter_context(connect(served.address))
+            socket.send_fds(connection, [hello()], [page])
+            assert wire.decode_reply(connection.recv(4096)) is None
+        for _ in range(3):
+            worker = start(served, HUNG_IN_C, "0.5")
+            assert worker.wait(30) == -9
+            assert served.report(pid=worker.pid)["outcome"] == "reaped"
+            worker.communicate()
+            first = served.pid
+            assert max(int(name) for name in os.listdir(f"/proc/{first}/fd")) > 1024
+            epolls = []
+            for path in Path(f"/proc/{first}/fd").iterdir():
+                with contextlib.suppress(OSError):  # a helper's pipe comes and goes
+                    if "eventpoll" in os.readlink(path):
+                        epolls.append(int(path.name))
+            assert max(epolls) < 1024, "else it would wake later"
+            os.kill(first, signal.SIGKILL)
+            wait_for_another(served, first)
+    os.close(page)
+
+
 FAILING = """
 import os, sys, time
 from hangwatch.keep.keeper import Keeper

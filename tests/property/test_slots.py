@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import hangwatch
 from hangwatch import api, page
+from hangwatch.worker import page_writer
 from hangwatch.worker.slots import Slot
 from support.pages import QuietClient, quiet_page
 
@@ -254,6 +255,14 @@ def test_a_place_never_has_two_owners_while_threads_end(
     finally:
         sys.setswitchinterval(interval)
     assert problems == []
+
+
+def test_without_a_gil_every_slot_counts_as_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See the model's `in-use-raced`: two threads that count could lose one of the slots."""
+    monkeypatch.setattr(page_writer, "_GIL", False)
+    with quiet_page() as client, hangwatch.expires(60, "one"):
+        assert client.armed() == {"one": 1}
+        assert client.page.words[page.SLOTS_IN_USE] == page.CAPACITY
 
 
 def test_tasks_on_one_line_are_independent(client: QuietClient) -> None:

@@ -17,6 +17,7 @@ from hangwatch.handover import Kept
 from hangwatch.keep.life import Watch, WatcherLife
 from hangwatch.keep.signals import SignalPipe
 from hangwatch.keep.systemd import Notifier
+from hangwatch.process import wait_readable
 
 _log = logging.getLogger("hangwatch.keep")
 
@@ -97,7 +98,7 @@ class Keeper:
                     _log.warning("%s and is replaced", reason)
                     life.kill()
                     # In state D it may not go; then it won't run beside its successor either.
-                    select.select([life.pidfd], [], [], _DEAD_WITHIN)
+                    wait_readable(life.pidfd, _DEAD_WITHIN)
                     self._reap(life)
                     return None
 

@@ -87,7 +87,6 @@ def _watch(
     """Be the watcher process; tell, at its end, whether the keeper still lives."""
     linux.name_process("hw-watcher")
     quiet_log.install()
-    signals = SignalPipe()
     orphaned = False
 
     def paused() -> bool:
@@ -108,7 +107,9 @@ def _watch(
         if signals.take() and not watcher.keeper.alive:
             watcher.stop()
 
+    # First, so that its epoll gets one of the low numbers that the keeper's signals had.
     watcher = Watcher(listener, link, settings, paused)
+    signals = SignalPipe()
     watcher.loop.add(signals.fileno(), signalled)
     if lifeline is not None:
         watcher.loop.add(lifeline, lifeline_ended)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import select
 import signal
 import socket
+
+from hangwatch.process import wait_readable
 
 STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -33,7 +34,7 @@ class SignalPipe:
 
     def wait(self, seconds: float) -> bool:
         """Wait for a signal; tell whether one has come."""
-        select.select([self], [], [], seconds)
+        wait_readable(self.fileno(), seconds)
         return self.take()
 
     def close(self) -> None:

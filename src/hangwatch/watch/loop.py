@@ -7,8 +7,11 @@ import select
 from collections.abc import Callable
 from time import monotonic
 
+from hangwatch.process import wait_readable
+
 _log = logging.getLogger("hangwatch.watch")
 
+_FD_SETSIZE = 1024
 READABLE, WRITABLE = select.EPOLLIN, select.EPOLLOUT
 
 
@@ -38,8 +41,13 @@ class Loop:
 
     def sleep(self, until: float) -> None:
         """Wait until `until` (CLOCK_MONOTONIC), or until a descriptor has news."""
-        # epoll_wait counts in milliseconds and wakes 0.6 ms late; select in microseconds.
-        select.select([self._epoll], [], [], max(0.0, until - monotonic()))
+        # epoll_wait counts in milliseconds and wakes 0.6 ms late; select in microseconds,
+        # but it takes no descriptor from FD_SETSIZE on; select(2).
+        within = max(0.0, until - monotonic())
+        if self._epoll.fileno() < _FD_SETSIZE:
+            select.select([self._epoll], [], [], within)
+        else:
+            wait_readable(self._epoll.fileno(), within)
 
     def dispatch(self) -> None:
         """Call the handlers of the descriptors that have news."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import select
 import signal
 from collections.abc import Callable
 from time import monotonic
@@ -120,8 +119,7 @@ def _ending(told: bytes, identity: Identity, at: float) -> tuple[Outcome, list[A
         # The watcher has died. What it was about to do it may have done.
         for number, (step, within) in _STEPS.items():
             if steps.endswith(step):
-                select.select([identity.pidfd], [], [], within)
-                if identity.is_dead():
+                if identity.is_dead(within):
                     now = round(monotonic() - at, 6)
                     died = "it is dead; the watcher has died meanwhile"
                     return Outcome.REAPED, [

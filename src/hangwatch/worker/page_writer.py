@@ -78,6 +78,9 @@ class PageWriter:
         self.descriptor = OwnDescriptor(page.create_memfd())
         self.memory = memoryview(mmap.mmap(self.descriptor.number, page.PAGE_BYTES))
         self.words = self.memory.cast("d")
+        if not _GIL:
+            # Counting them takes two steps, between which another thread could count, too.
+            self.words[page.SLOTS_IN_USE] = page.CAPACITY
         self.freed: deque[int] = deque()
         self._address = linux.address_of(self.memory)
         self._ring = ring
