@@ -51,6 +51,8 @@ def test_socket_activation(folder: Path) -> None:
     )
     try:
         wait_until(Path(address).exists, "systemd listens")
+        # The first connection starts it, which may take longer than a worker waits.
+        assert answer(address, hello(), [memfd()]) is None
         worker = subprocess.run(
             [sys.executable, "-c", HANG],
             env={**os.environ, "HANGWATCH_ADDRESS": address},
