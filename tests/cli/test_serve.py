@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import hangwatch
+from support.processes import comm
 from support.raw_worker import answer, hello, memfd
 from support.watchers import wait_until, watcher_below
 
@@ -29,10 +29,6 @@ SERVE = [sys.executable, "-m", "hangwatch", "serve"]
 def folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="hw-serve-") as name:
         yield Path(name)
-
-
-def comm(pid: int) -> str:
-    return Path(f"/proc/{pid}/comm").read_text().strip()
 
 
 class TestCommand:
@@ -146,57 +142,6 @@ except hangwatch.WatcherUnavailableError as error:
         process.communicate(timeout=30)
         assert "this is user 12345" in result.stdout, result.stderr
         assert "belongs to user 12345, not to 0" in result.stdout, result.stderr
-
-    def test_systemd_s_protocol(self, folder: Path) -> None:
-        """A socket by LISTEN_FDS; READY=1, WATCHDOG=1, STATUS= and STOPPING=1."""
-        notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        notify.bind(str(folder / "notify"))
-        notify.settimeout(30)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        listener.bind(str(folder / "s"))
-        listener.listen()
-        code = (
-            "import os, sys\nos.dup2(int(sys.argv[1]), 3); os.set_inheritable(3, True)\n"
-            "os.environ['LISTEN_PID'] = str(os.getpid())\n"
-            "os.execv(sys.executable, [sys.executable, '-m', 'hangwatch', 'serve'])\n"
-        )
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, str(listener.fileno())],
-            pass_fds=[listener.fileno()],
-            env={
-                **os.environ,
-                "LISTEN_FDS": "1",
-                "NOTIFY_SOCKET": str(folder / "notify"),
-                "WATCHDOG_USEC": "3000000",
-            },
-        )
-        listener.close()
-        try:
-            assert notify.recv(4096).startswith(b"READY=1\nSTATUS=")
-            assert b"WATCHDOG=1" in notify.recv(4096)
-            assert answer(str(folder / "s"), hello(), [memfd()]) is None
-            assert b"WATCHDOG=1" in notify.recv(4096)
-        finally:
-            process.terminate()
-            process.wait()
-        news = b""
-        while b"STOPPING=1" not in news:
-            news = notify.recv(4096)
-        notify.close()
-        assert (folder / "s").exists(), "a socket that was passed is not ours to remove"
-
-    def test_a_passed_socket_of_another_kind_is_refused(self, folder: Path) -> None:
-        code = (
-            "import os, socket, sys\ns = socket.socketpair()[0]; os.dup2(s.fileno(), 3)\n"
-            "os.set_inheritable(3, True)\n"
-            "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1')\n"
-            "os.execv(sys.executable, [sys.executable, '-m', 'hangwatch', 'serve'])\n"
-        )
-        result = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=False
-        )
-        assert result.returncode == 1
-        assert "ListenSequentialPacket=" in result.stderr
 
     def test_its_launcher_s_death_ends_it(self, folder: Path) -> None:
         code = (

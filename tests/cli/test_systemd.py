@@ -73,6 +73,24 @@ def test_socket_activation(folder: Path) -> None:
     assert Path(address).exists(), "a socket that was passed is not ours to remove"
 
 
+def test_a_passed_socket_of_another_kind_is_refused(folder: Path) -> None:
+    address = str(folder / "s")
+    service = subprocess.Popen(
+        [
+            *(tool("systemd-socket-activate"), "--listen", address),
+            *(sys.executable, "-m", "hangwatch", "serve"),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(Path(address).exists, "systemd listens")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream:
+        stream.connect(address)
+        _, err = service.communicate(timeout=30)
+    assert service.returncode == 1
+    assert "ListenSequentialPacket=" in err
+
+
 def test_the_service_manager_is_told_by_the_main_process_and_hears_of_a_dead_watcher(
     folder: Path,
 ) -> None:

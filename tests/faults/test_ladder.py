@@ -16,19 +16,12 @@ import pytest
 
 from conftest import StartWatcher
 from support.namespaces import run_alone
+from support.processes import is_alive
 from support.watchers import RunningWatcher, wait_until
 
 
 def actions(report: dict[str, Any]) -> list[str]:
     return [action["action"] for action in report["actions"]]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
 def test_sigkill_at_once_without_a_grace(watcher: RunningWatcher) -> None:

@@ -26,6 +26,17 @@ def client() -> Iterator[QuietClient]:
         yield client
 
 
+@contextlib.contextmanager
+def threads_switch_often() -> Iterator[None]:
+    """Have threads take turns after every few bytecodes."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_blocks_of_all_kinds_are_independent(client: QuietClient) -> None:
     with hangwatch.expires(60, "a"):
         with hangwatch.expires(60, "b"), hangwatch.expires(60, "a"):
@@ -185,8 +196,6 @@ def test_slots_change_hands_at_the_cap_and_none_is_lost(
 ) -> None:
     """More threads than slots, each with scopes of its own, few of them open at once."""
     monkeypatch.setattr(page, "CAPACITY", 12)
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
     problems: list[str] = []
     unwatched = 0
     start = threading.Barrier(8)
@@ -214,13 +223,11 @@ def test_slots_change_hands_at_the_cap_and_none_is_lost(
             exit_block(None, None, None)
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(8)]
-    try:
+    with threads_switch_often():
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    finally:
-        sys.setswitchinterval(interval)
     assert problems == []
     assert client.page.words[page.SLOTS_IN_USE] == 12
     assert unwatched < 8 * 1500
@@ -231,8 +238,6 @@ def test_a_place_never_has_two_owners_while_threads_end(
 ) -> None:
     """Threads that end give their places back while others, at the cap, take them."""
     monkeypatch.setattr(page, "CAPACITY", 12)
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
     problems: list[str] = []
 
     def run(name: str) -> None:
@@ -245,15 +250,13 @@ def test_a_place_never_has_two_owners_while_threads_end(
                         if details.scope != scope or not slot.words[slot.deadline_at]:
                             problems.append(scope)
 
-    try:
+    with threads_switch_often():
         for round_ in range(100):
             threads = [threading.Thread(target=run, args=(f"{round_}-{n}",)) for n in range(8)]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
-    finally:
-        sys.setswitchinterval(interval)
     assert problems == []
 
 
@@ -335,8 +338,6 @@ def test_threads_that_arm_first_at_the_same_time_share_one_page() -> None:
 
 def test_one_object_entered_by_contending_threads(client: QuietClient) -> None:
     limit = hangwatch.expires(60, "limit")
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
     problems: list[object] = []
 
     def run() -> None:
@@ -352,13 +353,11 @@ def test_one_object_entered_by_contending_threads(client: QuietClient) -> None:
             problems.append(error)
 
     threads = [threading.Thread(target=run) for _ in range(4)]
-    try:
+    with threads_switch_often():
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    finally:
-        sys.setswitchinterval(interval)
     assert problems == []
     assert client.armed() == {}
 

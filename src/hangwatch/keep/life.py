@@ -159,6 +159,8 @@ class WatcherLife:
 
 
 def _problem_with(message: Message) -> str | None:
+    if len(message.descriptors) < 2 and not message.truncated:
+        return "the watcher did not send its socket and its page"
     if message.truncated:
         return "its descriptors did not all arrive: the keeper is at its limit of open files"
     return lack_of_descriptors(max(message.descriptors))

@@ -45,7 +45,7 @@ class Reception:
         welcome: called with each newcomer that may be watched from now on.
 
     Attributes:
-        first_number: the keeper's number of the next newcomer.
+        next_number: the keeper's number of the next newcomer.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Reception:
         allowed_uids: frozenset[int],
         welcome: Callable[[Watched], None],
     ) -> None:
-        self.first_number = 1
+        self.next_number = 1
         self._listener = listener
         self._loop = loop
         self._keeper = keeper
@@ -114,8 +114,8 @@ class Reception:
         newcomer.worker = worker
         # Said now, since what closes with a hello unread loses our answer.
         problem = lack_of_descriptors(newcomer.connection.fileno())
-        worker.number = self.first_number
-        self.first_number += 1
+        worker.number = self.next_number
+        self.next_number += 1
         self._offered[worker.number] = newcomer
         if problem is not None:
             os.close(page)

@@ -102,7 +102,7 @@ class Watcher:
                 if not worker.welcomed:
                     self._answer(worker)
             self.keeper.ping(len(self._workers))
-        self._reception.first_number = max(kept, default=0) + 1
+        self._reception.next_number = max(kept, default=0) + 1
 
     def stop(self) -> None:
         """End `run` once every incident's report is out."""
