@@ -10,8 +10,10 @@ only watchers read and write (`watch/takeover.py`).
 from __future__ import annotations
 
 import array
+import os
 import socket
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -89,6 +91,7 @@ def receive(link: socket.socket) -> Message | None:
 
     Raises:
         BlockingIOError: nothing is there.
+        ValueError: what came is no message; its descriptors are closed.
 
     Source: unix(7) on SCM_RIGHTS and MSG_CTRUNC.
     """
@@ -109,8 +112,19 @@ def receive(link: socket.socket) -> Message | None:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
     truncated = bool(flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC))
+    try:
+        kind_byte, number = _HEAD.unpack_from(data)
+        kind_of_message = Kind(kind_byte)
+    except (struct.error, ValueError):
+        close_all(descriptors)
+        raise ValueError(f"no message: {data[:20]!r}") from None
     if truncated:
-        while descriptors:
-            socket.close(descriptors.pop())
-    kind_byte, number = _HEAD.unpack_from(data)
-    return Message(Kind(kind_byte), number, data[_HEAD.size :], list(descriptors), truncated)
+        close_all(descriptors)
+        del descriptors[:]
+    return Message(kind_of_message, number, data[_HEAD.size :], list(descriptors), truncated)
+
+
+def close_all(descriptors: Iterable[int]) -> None:
+    """Close descriptors that came with a message, or went with one."""
+    for descriptor in descriptors:
+        os.close(descriptor)

@@ -417,6 +417,47 @@ def test_more_workers_than_select_has_numbers(served: RunningWatcher) -> None:
     os.close(page)
 
 
+CONFUSED = """
+import os, sys, time
+from hangwatch import handover
+from hangwatch.handover import Kind
+from hangwatch.keep.keeper import Keeper
+from hangwatch.keep.systemd import Notifier
+def watch(link, kept):
+    if os.path.exists(sys.argv[1]):
+        return
+    open(sys.argv[1], "w").close()
+    handover.send(link, handover.encode(Kind.KEEP, 7), [])
+    handover.send(link, handover.encode(Kind.KEEP, 8), [os.open("/dev/null", os.O_RDONLY)])
+    handover.send(link, handover.encode(Kind.DROP, 99), [])
+    handover.send(link, handover.encode(Kind.NOTE, 99), [])
+    link.setblocking(True)
+    for number in (7, 8):
+        link.recv(1, 2)  # MSG_PEEK: wait for it
+        answer = handover.receive(link)
+        assert (answer.kind, answer.number) == (Kind.REFUSED, number), answer
+    link.send(b"?" * 9)  # of no kind that there is
+    link.send(b"?")  # not even a head
+    time.sleep(1000)
+Keeper(watch, Notifier({})).run()
+"""
+
+
+def test_nothing_that_a_watcher_says_ends_the_keeper(tmp_path: Path) -> None:
+    """Incomplete sets are refused; a watcher that talks nonsense is replaced."""
+    result = subprocess.run(
+        [sys.executable, "-c", CONFUSED, str(tmp_path / "first")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=40,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "did not send its socket and its page" in result.stderr
+    assert "talks nonsense and is replaced" in result.stderr
+
+
 FAILING = """
 import os, sys, time
 from hangwatch.keep.keeper import Keeper

@@ -92,7 +92,7 @@ class Keeper:
                 return status
             if self._hear_signals():
                 life.tell_to_stop()
-            if monotonic() >= life.look_at:
+            if monotonic() >= life.look_at or life.talks_nonsense:
                 reason = life.why_replace()
                 if reason is not None:
                     _log.warning("%s and is replaced", reason)

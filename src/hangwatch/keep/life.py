@@ -45,6 +45,7 @@ class WatcherLife:
         answers: what it could not be told yet.
         ready: whether it has visited every page.
         workers: how many are connected, as it said last.
+        talks_nonsense: whether it has sent what is no message.
         look_at: when to see whether it still runs (CLOCK_MONOTONIC).
 
     Raises:
@@ -55,6 +56,7 @@ class WatcherLife:
         self, watch: Watch, kept: dict[int, Kept], leave_parent: Callable[[], None]
     ) -> None:
         self._kept = kept
+        self.talks_nonsense = False
         self.answers: deque[bytes] = deque()
         self.ready = False
         self.workers = 0
@@ -90,6 +92,9 @@ class WatcherLife:
                 message = handover.receive(self.link)
             except BlockingIOError:
                 break
+            except ValueError:
+                self.talks_nonsense = True
+                break
             if message is None:
                 break
             heard = True
@@ -117,6 +122,8 @@ class WatcherLife:
 
     def why_replace(self) -> str | None:
         """Look whether it still runs; say why it must be replaced, or None."""
+        if self.talks_nonsense:
+            return f"the watcher (process {self.pid}) talks nonsense"
         now = monotonic()
         silent = now - self._silent_since
         stat = read_stat(self.pid)
@@ -150,12 +157,12 @@ class WatcherLife:
                 self.answers.append(handover.encode(Kind.KEPT, number))
             else:
                 _log.warning("a worker can't be kept: %s", problem)
-                _close(message.descriptors)
+                handover.close_all(message.descriptors)
                 self.answers.append(handover.encode(Kind.REFUSED, number, problem.encode()))
         elif kind is Kind.NOTE and number in self._kept:
             self._kept[number].state = message.content
         elif kind is Kind.DROP and number in self._kept:
-            _close(self._kept.pop(number).descriptors)
+            handover.close_all(self._kept.pop(number).descriptors)
 
 
 def _problem_with(message: Message) -> str | None:
@@ -164,11 +171,6 @@ def _problem_with(message: Message) -> str | None:
     if message.truncated:
         return "its descriptors did not all arrive: the keeper is at its limit of open files"
     return lack_of_descriptors(max(message.descriptors))
-
-
-def _close(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
 
 
 def _be_watcher(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -102,14 +101,14 @@ class KeeperLink:
                 return
             else:
                 self._queue.popleft()
-                _close(descriptors)
+                handover.close_all(descriptors)
                 if not self._queue:
                     self._loop.listen_for(self._connection.fileno(), READABLE)
         if not self.alive:
             # Nobody answers any more: a newcomer is watched all the same.
             while self._queue:
                 message, descriptors = self._queue.popleft()
-                _close(descriptors)
+                handover.close_all(descriptors)
 
     def _hear(self) -> None:
         if self._queue:
@@ -132,8 +131,3 @@ class KeeperLink:
         self._loop.remove(self._connection.fileno())
         self._connection.close()
         self._on_gone()
-
-
-def _close(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
