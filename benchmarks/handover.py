@@ -1,7 +1,8 @@
 """How long nobody watches after the watcher's SIGKILL, or SIGSTOP, with many workers connected.
 
 Real workers connect, then this process, whose page a successor therefore visits last. The
-gap ends when that page has been visited; it is seen in the page itself.
+gap ends when that page has been visited; it is seen in the page itself. A worker that overruns
+while nobody watches must be dead half a second after that.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import os
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -66,6 +68,25 @@ def gap(keeper: int, words: memoryview[float], how: signal.Signals) -> float:
     return time.monotonic() - began
 
 
+def overdue_gap(keeper: int, words: memoryview[float]) -> float:
+    """Have a worker overrun while nobody watches; return what its end took after readiness."""
+    stuck = "import hangwatch, time\nwith hangwatch.expires(0.2): print(flush=True); time.sleep(99)"
+    worker = subprocess.Popen([sys.executable, "-c", stuck], stdout=subprocess.PIPE)
+    assert worker.stdout is not None
+    worker.stdout.readline()
+    watcher = watcher_of(keeper)
+    os.kill(keeper, signal.SIGSTOP)
+    os.kill(watcher, signal.SIGKILL)
+    time.sleep(0.4)
+    words[WATCH_UNTIL] = _MARK
+    os.kill(keeper, signal.SIGCONT)
+    while words[WATCH_UNTIL] == _MARK:
+        time.sleep(0.0005)
+    ready = time.monotonic()
+    worker.communicate()
+    return time.monotonic() - ready
+
+
 def memory_mib(pid: int) -> float:
     """Return a process's proportional set size in MiB; proc(5)."""
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
@@ -85,6 +106,7 @@ def measure(count: int, times: int, how: signal.Signals) -> float:
                 time.sleep(0.5)
                 gaps.append(gap(server.pid, words, how) * 1000)
             time.sleep(0.5)
+            overdue = [overdue_gap(server.pid, words) * 1000 for _ in range(5)]
             keeper, watcher = memory_mib(server.pid), memory_mib(watcher_of(server.pid))
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
@@ -93,7 +115,9 @@ def measure(count: int, times: int, how: signal.Signals) -> float:
     print(
         f"{count:5} workers: {median:4.0f} ms in the median of {times} {how.name}s, "
         f"{max(gaps):.0f} ms at worst (goal {GOAL_MS[how]:g} ms); "
-        f"keeper {keeper:.0f} MiB, watcher {watcher:.0f} MiB (PSS)",
+        f"keeper {keeper:.0f} MiB, watcher {watcher:.0f} MiB (PSS); who overran meanwhile is "
+        f"dead {statistics.median(overdue):.0f} ms after that, {max(overdue):.0f} ms at worst "
+        "(goal 500 ms)",
         flush=True,
     )
     return median
