@@ -414,3 +414,20 @@ with hangwatch.expires(0.3, "slow"): time.sleep(1000)
     )
     worker.kill()
     worker.communicate()
+
+
+def test_reports_that_wait_for_a_grace_hold_up_no_other(start_watcher: StartWatcher) -> None:
+    watcher = start_watcher(grace=14)
+    deaf = (
+        "import signal, time, hangwatch\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "with hangwatch.expires(0.3, 'deaf'): time.sleep(1000)"
+    )
+    gentle = "import time, hangwatch\nwith hangwatch.expires(2, 'gentle'): time.sleep(1000)"
+    workers = [watcher.python("-c", deaf) for _ in range(4)]
+    last = watcher.python("-c", gentle)
+    assert last.wait(30) == -signal.SIGTERM
+    assert watcher.report(pid=last.pid)["outcome"] == "reaped"
+    assert [worker.poll() for worker in workers] == [None] * 4, "they are in their grace still"
+    for worker in (*workers, last):
+        worker.kill()
+        worker.communicate()

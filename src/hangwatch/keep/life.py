@@ -75,6 +75,8 @@ class WatcherLife:
                         _be_watcher(leave_parent, watch, its_link, kept)
                 finally:
                     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            # One that we could not attend to would take us for dead, and stay.
+            undo.callback(self.kill)
             self.pidfd = os.pidfd_open(self.pid)
             undo.pop_all()
         self.has_spoken()
@@ -166,10 +168,10 @@ class WatcherLife:
 
 
 def _problem_with(message: Message) -> str | None:
-    if len(message.descriptors) < 2 and not message.truncated:
-        return "the watcher did not send its socket and its page"
     if message.truncated:
         return "its descriptors did not all arrive: the keeper is at its limit of open files"
+    if len(message.descriptors) < 2:
+        return "the watcher did not send its socket and its page"
     return lack_of_descriptors(max(message.descriptors))
 
 

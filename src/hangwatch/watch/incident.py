@@ -196,9 +196,8 @@ class Incident:
         settings = self._around.settings
         if settings.on_expiry is OnExpiry.REPORT:
             return self._nothing_to_do() or Outcome.REPORTED
-        # Before anything is done, so that a report survives us; but no kill waits for it.
-        if self._around.publishing() < MOST_PUBLISHING:
-            self._start_reporter()
+        # Before anything is done, so that a report survives us.
+        self._start_reporter()
         outcome = None
         if settings.grace > 0:
             outcome = yield from self._step(signal.SIGTERM, settings.grace)
@@ -282,13 +281,12 @@ class Incident:
                 self._problems,
                 self._around.settings.report_dir,
             )
-            self.publishing = True
 
     def _tell(self, outcome: Outcome) -> Course:
         until = monotonic() + _PUBLISH_WITHIN
+        while self._around.publishing() >= MOST_PUBLISHING and monotonic() < until:
+            yield until
         if self._reporter is None:
-            while self._around.publishing() >= MOST_PUBLISHING and monotonic() < until:
-                yield until
             self._start_reporter()
         reporter = self._reporter
         if reporter is None:
@@ -296,8 +294,10 @@ class Incident:
             _log.warning("%s", headline(report))
             self.told = True
             return
+        self.publishing = True
+        until = monotonic() + _PUBLISH_WITHIN
         reporter.finish(outcome, self._actions)
-        while not reporter.send_rest():
+        while not reporter.send_rest() and monotonic() < until:
             yield monotonic() + 0.005
         while not reporter.helper.done and monotonic() < until:
             yield until

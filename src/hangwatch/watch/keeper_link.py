@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -11,8 +10,6 @@ from time import monotonic
 from hangwatch import handover
 from hangwatch.handover import Kind
 from hangwatch.watch.loop import READABLE, WRITABLE, Loop
-
-_log = logging.getLogger("hangwatch.watch")
 
 PING_EVERY = 0.2
 
@@ -93,7 +90,7 @@ class KeeperLink:
             message, descriptors = self._queue[0]
             try:
                 handover.send(self._connection, message, descriptors)
-            except (BrokenPipeError, ConnectionError):
+            except ConnectionError:
                 self._gone()
             except OSError:
                 # No room, or too many descriptors under way: when there is, or at the next ping.
