@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import pytest
 
 import hangwatch
-from hangwatch import api
+from hangwatch.worker import expiration
 from support.watchers import RunningWatcher
 
 
@@ -57,6 +57,6 @@ def no_address(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Leave no test the address, the client or the slots of another."""
     monkeypatch.delenv("HANGWATCH_ADDRESS", raising=False)
     yield
-    api._Configured.client = None
-    api._Configured.by_environment = True
-    api.forget_slots()
+    expiration._Configured.client = None
+    expiration._Configured.by_environment = True
+    expiration.forget_slots()

@@ -1,6 +1,14 @@
 """Expiration timers for worker processes: a block that overruns is explained and ended."""
 
-from hangwatch.api import Expiration, TimerClient, configure, expires
+from hangwatch.api import (
+    Expiration,
+    RequestQueue,
+    TimerClient,
+    TimerRequest,
+    TimerServer,
+    configure,
+    expires,
+)
 from hangwatch.errors import (
     AddressError,
     HangwatchError,
@@ -10,6 +18,12 @@ from hangwatch.errors import (
     ProtocolError,
     WatcherUnavailableError,
 )
+from hangwatch.file_based_local_timer import (
+    FileTimerClient,
+    FileTimerRequest,
+    FileTimerServer,
+)
+from hangwatch.local_timer import LocalTimerClient, LocalTimerServer
 from hangwatch.shared_memory_timer import (
     SharedMemoryTimerClient,
     SharedMemoryTimerServer,
@@ -19,14 +33,22 @@ from hangwatch.shared_memory_timer import (
 __all__ = [
     "AddressError",
     "Expiration",
+    "FileTimerClient",
+    "FileTimerRequest",
+    "FileTimerServer",
     "HangwatchError",
     "LaunchError",
+    "LocalTimerClient",
+    "LocalTimerServer",
     "NotConfiguredError",
     "PageError",
     "ProtocolError",
+    "RequestQueue",
     "SharedMemoryTimerClient",
     "SharedMemoryTimerServer",
     "TimerClient",
+    "TimerRequest",
+    "TimerServer",
     "WatcherUnavailableError",
     "configure",
     "expires",

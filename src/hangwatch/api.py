@@ -1,45 +1,80 @@
-"""The contract: `expires`, `configure`, and what a client of one's own must be.
+"""The contract between workers, clients and servers, for those who write a pair of their own.
 
-The quiet path of a block is `expires`, the look-up of ``__exit__``, and
-``__enter__``: no system call, no lock, nothing that can raise once the timer is
-armed. Leaving is one call of C code. `benchmarks/arm.py` measures it.
+A pair is a client and a server that speak the same protocol: subclass `TimerClient` and
+`TimerServer`. docs/custom-pairs.md has an example. The names and promises are those of
+``torch.distributed.elastic.timer``.
 """
 
 from __future__ import annotations
 
 import abc
-import os
-import sys
 import threading
-from collections.abc import Callable, Hashable
-from threading import get_ident
-from time import monotonic
-from types import CodeType
+import time
+from collections.abc import Iterable
 
-from hangwatch.errors import HangwatchError, NotConfiguredError
-from hangwatch.page import WATCH_UNTIL
-from hangwatch.worker.arguments import check_client, checked_limit, checked_scope, place
-from hangwatch.worker.client import WorkerClient, address_from_environment, client_at
-from hangwatch.worker.contract_block import ContractBlock, NoThread
-from hangwatch.worker.slots import VOID_SLOT, Scope, Slot
-from hangwatch.worker.tasks import Asyncio as _Asyncio
-from hangwatch.worker.tasks import current_task
+from hangwatch.worker.expiration import Expiration, configure, expires
 
-__all__ = ["Expiration", "TimerClient", "configure", "expires"]
+__all__ = [
+    "Expiration",
+    "RequestQueue",
+    "TimerClient",
+    "TimerRequest",
+    "TimerServer",
+    "configure",
+    "expires",
+]
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
     from typing import Any
 
-_getframe = sys._getframe
+STOP_WITHIN = 0.9
+"""Seconds that `TimerServer.stop` waits for the round under way."""
+_FIRST_BACK_OFF, _LONGEST_BACK_OFF = 0.1, 60.0
+
+
+class TimerRequest:
+    """A worker's request: acquire a timer, or release it. Equal by value.
+
+    Args:
+        worker_id: whose timer; of the type on which a client and its server agree.
+        scope_id: the timer's name.
+        expiration_time: when it expires, in seconds since the epoch; negative: release it.
+    """
+
+    __slots__ = ("expiration_time", "scope_id", "worker_id")
+    __hash__ = None  # type: ignore[assignment]  # equal by value, and mutable
+
+    def __init__(self, worker_id: Any, scope_id: str, expiration_time: float) -> None:
+        self.worker_id = worker_id
+        self.scope_id = scope_id
+        self.expiration_time = expiration_time
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TimerRequest):
+            return NotImplemented
+        return (self.worker_id, self.scope_id, self.expiration_time) == (
+            other.worker_id,
+            other.scope_id,
+            other.expiration_time,
+        )
+
+    def __repr__(self) -> str:
+        wish = "release" if self.expiration_time < 0 else f"until {self.expiration_time:.3f}"
+        return f"<{type(self).__name__} of {self.worker_id!r}: {self.scope_id!r}, {wish}>"
 
 
 class TimerClient(abc.ABC):
-    """How a worker acquires and releases timers; subclass it to write your own."""
+    """How a worker acquires and releases timers; subclass it to write your own.
+
+    `expires` calls `acquire` and `release` exactly once a block.
+    """
 
     @abc.abstractmethod
     def acquire(self, scope_id: str, expiration_time: float) -> None:
         """Acquire a timer for the calling worker.
+
+        What this raises, `expires` raises on entering; the block is not entered then.
 
         Args:
             scope_id: the block's name.
@@ -48,322 +83,148 @@ class TimerClient(abc.ABC):
 
     @abc.abstractmethod
     def release(self, scope_id: str) -> None:
-        """Release the calling worker's timer of that name."""
+        """Release the calling worker's timer of that name; it has no effect from then on.
 
-    def _worker_client(self) -> WorkerClient | None:
-        """Return the native road under this client, or None to be called as the contract says."""
-        return None
-
-
-class _Configured:
-    """Who watches when a block names no client. One object, replaced field by field."""
-
-    client: TimerClient | None = None
-    by_environment = True
-
-
-class _NoChoice:
-    """In the place of a slot, while no look at ``__exit__`` has put one there."""
-
-    thread = NoThread
-
-
-_FRESH = _NoChoice()
-"""Nobody has looked at ``__exit__`` yet."""
-_USED = _NoChoice()
-"""Somebody has; what a thread chose since is that thread's own."""
-
-
-class _PerThread(threading.local):
-    """The slots that this thread's next blocks find by their key."""
-
-    def __init__(self) -> None:
-        self.slots: dict[Hashable, Slot] = {}
-        # The choice for a block that is about to be entered off the quiet path, and that block.
-        self.road: tuple[object, Slot | ContractBlock | _NoChoice] = None, _USED
-
-    def all_slots(self) -> list[Slot]:
-        """Return this thread's slots, those that no key finds any more included."""
-        threads = {id(slot.thread): slot.thread for slot in self.slots.values()}
-        return [slot for thread in threads.values() for slot in thread.all_slots()]
-
-
-_local = _PerThread()
-
-
-def forget_slots() -> None:
-    """Make every thread look its slots up again: another client, or another process."""
-    global _local
-    _local = _PerThread()
-
-
-os.register_at_fork(after_in_child=forget_slots)
-
-
-def configure(timer_client: TimerClient | None) -> None:
-    """Set the client of every block of this process that names none.
-
-    Args:
-        timer_client: the client; None unsets it, and `expires` then raises whatever
-            the environment says.
-
-    Raises:
-        TypeError: it has no ``acquire`` and ``release``.
-    """
-    if timer_client is not None:
-        check_client(timer_client)
-    _Configured.client = timer_client
-    _Configured.by_environment = False
-    forget_slots()
-
-
-class _ExitLookup(property):
-    # ``with`` looks __exit__ up on the instance before it calls __enter__ (PEP 343), and
-    # gets one C call that disarms the slot chosen at that moment. contextlib.ExitStack
-    # takes it from the class and calls it with the instance.
-    def __call__(self, block: Expiration, *exc_info: object) -> None:
-        block._leave(*exc_info)
-
-
-class _ByHand:
-    """In the place of a key: blocks that were entered by a call of ``__enter__``.
-
-    Until all of them are left, the next look at ``__exit__`` may mean to leave, not to enter.
-    """
-
-    def __init__(self, key: Hashable) -> None:
-        self.key = key
-        self.exits: list[tuple[int, int, Callable[..., None]]] = []
-
-
-class Expiration:
-    """A block's timer: what `expires` returns, to be used as a context manager.
-
-    One object may be entered again and again, also while it is entered.
-    """
-
-    __slots__ = ("_after", "_client", "_code", "_key", "_slot")
-
-    # Set by `expires`; an __init__ would cost as much as all the rest of it.
-    _after: float
-    _client: TimerClient
-    _code: CodeType
-    _key: Hashable
-    _slot: Any
-
-    def __enter__(self) -> Expiration:
-        now = monotonic()
-        slot = self._slot
-        if slot.thread.alone is not slot or (_Asyncio.seen and _Asyncio.running_loop()):
-            slot = self._begin(slot)
-        self._slot = _USED
-        words = slot.words
-        try:
-            # No calls from here to the return of a quiet block: see PageWriter. The order
-            # of entry, deadline and watch_until is the protocol's: tests/model/protocol.pml.
-            words[slot.entry_at] = slot.entry
-            words[slot.deadline_at] = deadline = now + slot.limit
-            if now < words[WATCH_UNTIL] <= deadline:
-                return self
-            slot.ring()
-            # It may have been a handshake: the block's time begins now.
-            words[slot.deadline_at] = monotonic() + slot.limit
-            if monotonic() >= deadline:
-                # The first deadline may have been found overdue, and the other one not yet.
-                slot.ring()
-        except BaseException:
-            words[slot.deadline_at] = 0.0
-            raise
-        return self
-
-    def _look_up_exit(self) -> Callable[..., None]:
-        try:
-            slot = _local.slots[self._key]
-            # No calls: from the look to the claim, no other thread may take the slot.
-            if (
-                slot.after is self._after
-                and slot.words[slot.deadline_at] == 0.0
-                and self._slot is _FRESH
-            ):
-                slot.entry += 1.0
-                slot.block = self
-                self._slot = slot
-                return slot.exit
-        except (KeyError, TypeError):
-            pass
-        unheld = self._unheld_slot()
-        if unheld is not None:
-            return unheld.exit
-        key = self._key
-        if isinstance(key, _ByHand):
-            return self._leave
-        # Other threads may enter this object at the same time: the choice is this thread's.
-        road = self._choose(key)
-        _local.road = self, road
-        self._slot = _USED
-        return road.exit
-
-    if TYPE_CHECKING:
-
-        def __exit__(self, *exc_info: object) -> None: ...
-    else:
-        __exit__ = _ExitLookup(_look_up_exit)
-
-    def _begin(self, slot: Slot | ContractBlock | _NoChoice) -> Slot:
-        """Go on off the quiet path: not alone in the thread, or the choice stands elsewhere."""
-        if isinstance(slot, _NoChoice):
-            slot = self._chosen_here()
-            if isinstance(slot, _NoChoice):
-                return self._enter_by_hand()
-        return slot.nest(self)
-
-    def _chosen_here(self) -> Slot | ContractBlock | _NoChoice:
-        """Find what this thread's look at ``__exit__`` chose, if there was one before."""
-        block, road = _local.road
-        if block is self:
-            _local.road = None, _USED
-            if isinstance(road, Slot):
-                road.block = self
-            return road
-        for slot in _local.all_slots():
-            # Chosen on the quiet path, before another thread looked at this object, too.
-            if slot.block is self and slot.entry != slot.words[slot.entry_at]:
-                return slot
-        return _USED
-
-    def _unheld_slot(self) -> Slot | None:
-        """Find a slot that this object armed and that no `with` statement will disarm.
-
-        That is so if somebody looked at __exit__ without using it, and then entered by hand.
+        What this raises, `expires` raises on leaving, unless the block itself has raised:
+        the block's own exception always wins.
         """
-        for slot in _local.all_slots():
-            if slot.block is self and slot.words[slot.deadline_at] and not slot.is_held():
-                return slot
-        return None
-
-    def _choose(self, key: Hashable) -> Slot | ContractBlock:
-        """Check what the caller gave, and choose where the block's timer will stand."""
-        limit = checked_limit(self._after)
-        client = getattr(self, "_client", None)
-        name = key if client is None else key[1]  # type: ignore[index]
-        code = getattr(self, "_code", None)
-        if code is None:
-            scope = Scope(checked_scope(name), False, client)
-        else:
-            scope = Scope(place(code, name), True, (code, client))
-        if client is not None:
-            check_client(client)
-        elif _Configured.client is not None:
-            client = _Configured.client
-        if client is None:
-            if not _Configured.by_environment:
-                raise NotConfiguredError(
-                    "configure(None) left no client: call configure(client), "
-                    "or give expires(..., client=...)"
-                )
-            worker = client_at(address_from_environment())
-        else:
-            road = client._worker_client() if isinstance(client, TimerClient) else None
-            if road is None:
-                return ContractBlock(client, scope.name, limit)
-            worker = road
-        slot = worker.choose(key, self._after, limit, scope)
-        if slot is not VOID_SLOT:
-            if len(_local.slots) >= _MOST_CACHED:
-                _local.slots.clear()
-            _local.slots[key] = slot
-        return slot
-
-    def _enter_by_hand(self) -> Slot:
-        by_hand = self._key
-        if not isinstance(by_hand, _ByHand):
-            by_hand = _ByHand(by_hand)
-        chosen = self._choose(by_hand.key)
-        left = get_ident(), current_task(), chosen.exit
-        by_hand.exits.append(left)
-        self._key = by_hand
-        try:
-            arm(chosen, self)
-        except BaseException:
-            by_hand.exits.remove(left)
-            raise
-        return VOID_SLOT
-
-    def _leave(self, *exc_info: object) -> None:
-        unheld = self._unheld_slot()
-        if unheld is not None:
-            unheld.exit(*exc_info)
-            return
-        by_hand = self._key
-        if isinstance(by_hand, _ByHand):
-            here = get_ident(), current_task()
-            for left in reversed(by_hand.exits):
-                if left[:2] == here:
-                    by_hand.exits.remove(left)
-                    if not by_hand.exits:
-                        self._key = by_hand.key
-                    left[2](*exc_info)
-                    return
-        raise HangwatchError(
-            "this thread leaves a block that it has not entered: pair __exit__ with __enter__"
-        )
 
 
-def expires(
-    after: float, scope: str | None = None, client: TimerClient | None = None
-) -> Expiration:
-    """Declare, in a ``with`` statement, that its block takes at most `after` seconds.
+class RequestQueue(abc.ABC):
+    """Where a server takes the requests of its clients from."""
 
-    A worker whose block overruns is ended by the watcher, another process, even if the
-    block hangs in C with the GIL held. Blocks are independent of each other: nested,
-    recursive, and in many threads.
+    @abc.abstractmethod
+    def size(self) -> int:
+        """Return how many requests can be taken without waiting.
+
+        Until `get` is called there may come more, and none are lost: right after
+        ``n = queue.size()``, ``len(queue.get(n, 0)) == n``.
+        """
+
+    @abc.abstractmethod
+    def get(self, size: int, timeout: float) -> list[TimerRequest]:
+        """Take at most `size` requests.
+
+        Args:
+            size: how many at most.
+            timeout: seconds to wait for them, all in all; with what has come by then, it
+                returns.
+        """
+
+
+class TimerServer(abc.ABC):
+    """Ends workers whose timers have expired. It watches in a thread of this process.
+
+    One round takes ``max(1, size())`` requests from the queue, registers them, asks which
+    timers have expired by now, reaps the workers that hold those, and clears the timers of
+    whom it reaped. A worker whose `_reap_worker` returns False is kept, and tried again in
+    the next round.
 
     Args:
-        after: seconds from entering the block, more than 0.
-        scope: the block's name in reports; ``<file>#<line>`` of the caller by default.
-        client: who acquires the timer, if not the one that `configure` set or the
-            environment's ``HANGWATCH_ADDRESS`` names.
-
-    Returns:
-        The context manager. What is wrong with the arguments it says on entering:
-
-    Raises:
-        ValueError: `after` is not positive and finite, or `scope` is empty.
-        TypeError: `after` is no number, `scope` no string, `client` no client.
-        NotConfiguredError: nobody said who watches.
+        request_queue: where the clients' requests come from.
+        max_interval: seconds that a round waits for a request at most.
+        daemon: whether the thread lets the process end while it runs.
     """
-    # A function, not the class itself: CPython makes a dict of the keyword arguments of a
-    # class that is called (docs/decisions/0005-expires-is-a-function.md).
-    block = Expiration()
-    block._after = after
-    block._slot = _FRESH
-    if scope is None:
-        frame = _getframe(1)
-        block._code = code = frame.f_code
-        # The address of the instruction: since 3.11 a code object holds its bytecode.
-        block._key = id(code) + frame.f_lasti
-    else:
-        block._key = scope
-    if client is not None:
-        block._client = client
-        block._key = id(client), block._key
-    return block
+
+    def __init__(
+        self, request_queue: RequestQueue, max_interval: float, daemon: bool = True
+    ) -> None:
+        super().__init__()
+        self._request_queue = request_queue
+        self._max_interval = max_interval
+        self._daemon = daemon
+        self._watchdog_thread: threading.Thread | None = None
+        self._stopping = threading.Event()
+
+    @abc.abstractmethod
+    def register_timers(self, timer_requests: list[TimerRequest]) -> None:
+        """Take in requests: acquired timers, and released ones (negative `expiration_time`)."""
+
+    @abc.abstractmethod
+    def clear_timers(self, worker_ids: set[Any]) -> None:
+        """Forget all timers of these workers."""
+
+    @abc.abstractmethod
+    def get_expired_timers(self, deadline: float) -> dict[Any, list[TimerRequest]]:
+        """Return the timers whose `expiration_time` is `deadline` or earlier, by worker."""
+
+    @abc.abstractmethod
+    def _reap_worker(self, worker_id: Any) -> bool:
+        """End a worker.
+
+        Returns:
+            Whether it was reaped. If not, the next round tries again. An exception that
+            escapes is logged, and counts as reaped.
+        """
+
+    def start(self) -> None:
+        """Start watching, and return. While it runs, another start does nothing."""
+        if self._watchdog_thread is not None:
+            return
+        # Each thread has its own: one that a stop could not wait for still ends by itself.
+        self._stopping = threading.Event()
+        self._watchdog_thread = threading.Thread(
+            target=self._watchdog_loop,
+            args=(self._stopping,),
+            name=f"{type(self).__name__}",
+            daemon=self._daemon,
+        )
+        self._watchdog_thread.start()
+
+    def stop(self) -> None:
+        """Stop watching; returns within a second. Without a start it does nothing.
+
+        A round that waits in `RequestQueue.get` for longer ends when that returns.
+        """
+        thread, self._watchdog_thread = self._watchdog_thread, None
+        self._stopping.set()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(STOP_WITHIN)
+
+    def _watchdog_loop(self, stopping: threading.Event) -> None:
+        back_off = 0.0
+        while not stopping.wait(back_off):
+            try:
+                self._run_watchdog()
+            except Exception:
+                back_off = min(max(2 * back_off, _FIRST_BACK_OFF), _LONGEST_BACK_OFF)
+                if not stopping.is_set():
+                    _log().exception("a round of watching failed; the next in %g s", back_off)
+            else:
+                back_off = 0.0
+
+    def _run_watchdog(self) -> None:
+        """Go one round."""
+        self.register_timers(self._take_requests())
+        reaped = set()
+        for worker_id, expired in self.get_expired_timers(time.time()).items():
+            scopes = self._get_scopes(expired)
+            _log().warning("worker %s overran %s: reaping it", worker_id, scopes)
+            if self._reap_expired(worker_id, expired):
+                reaped.add(worker_id)
+            else:
+                _log().warning("worker %s is not reaped yet; the next round tries again", worker_id)
+        self.clear_timers(reaped)
+
+    def _take_requests(self) -> list[TimerRequest]:
+        return self._request_queue.get(max(1, self._request_queue.size()), self._max_interval)
+
+    def _reap_expired(self, worker_id: Any, expired: list[Any]) -> bool:
+        return self._reap_worker_no_throw(worker_id)
+
+    def _reap_worker_no_throw(self, worker_id: Any) -> bool:
+        """Call `_reap_worker`; an exception that escapes it is logged, and counts as reaped."""
+        try:
+            return self._reap_worker(worker_id)
+        except Exception:
+            _log().exception("_reap_worker(%r) must not raise; it counts as reaped", worker_id)
+            return True
+
+    def _get_scopes(self, timer_requests: Iterable[TimerRequest]) -> list[str]:
+        return [request.scope_id for request in timer_requests]
 
 
-def arm(chosen: Slot | ContractBlock, block: object = None) -> None:
-    """Arm what `choose` gave, off the quiet path; if that raises, it isn't armed."""
-    slot = chosen.nest(block)
-    try:
-        slot.words[slot.entry_at] = slot.entry
-        slot.words[slot.deadline_at] = deadline = monotonic() + slot.limit
-        slot.ring()
-        slot.words[slot.deadline_at] = monotonic() + slot.limit
-        if monotonic() >= deadline:
-            slot.ring()
-    except BaseException:
-        slot.words[slot.deadline_at] = 0.0
-        raise
+def _log() -> Any:
+    import logging  # takes long, and a worker needs none of it
 
-
-# A thread's look-up table is only a cache; scopes that never come again must not fill it.
-_MOST_CACHED = 256
+    return logging.getLogger("hangwatch")

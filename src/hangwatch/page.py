@@ -62,6 +62,11 @@ _THREAD_AT, _THREAD_BYTES = 72, 24
 _SCOPE_AT, _SCOPE_BYTES = 96, 160
 _CUT = "…"
 
+REPLACED = 2.0**62
+"""The deadline of a block whose timer an inner block has replaced: never due."""
+NEVER_KILL = -1
+"""In the place of a slot's signal: an overrun is reported, and the worker left alone."""
+
 # One generation is one scope's stay in a slot. The generation wraps long before
 # the entry would leave the integers that a double counts exactly (2**53).
 GENERATION = 2.0**32
@@ -82,7 +87,7 @@ class SlotDetails:
         ident: `threading.get_ident()` of the thread that holds the block.
         native_id: its kernel thread id.
         flags: per-block choices, 0 for the server's.
-        signal: per-block signal, 0 for the server's.
+        signal: what an overrun sends first, `NEVER_KILL`, or 0 for the server's choice.
         thread_name: Python's name of the thread, perhaps cut.
         scope: the block's name, perhaps cut.
     """

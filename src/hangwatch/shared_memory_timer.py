@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hangwatch import api
+from hangwatch.folder import REPORT_DIR
+from hangwatch.overrides import is_overridden, remember
+from hangwatch.worker.acquired import Acquired
+from hangwatch.worker.built_in_client import BuiltInClient
 from hangwatch.worker.client import (
     ADDRESS_VARIABLE,
     OFF,
     WorkerClient,
     address_from_environment,
 )
-from hangwatch.worker.slots import Scope, Slot
-from hangwatch.worker.tasks import current_task
+from hangwatch.worker.expiration import forget_slots
+from hangwatch.worker.slots import Scope
 
 __all__ = ["SharedMemoryTimerClient", "SharedMemoryTimerServer", "serve"]
 
@@ -24,10 +26,9 @@ TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
     from hangwatch.keep.launch import WatcherProcess
 
-REPORT_DIR = "hangwatch-reports"
 
-
-class SharedMemoryTimerClient(api.TimerClient):
+@remember("acquire", "release")
+class SharedMemoryTimerClient(BuiltInClient):
     """A worker's client of the watcher at one address.
 
     Args:
@@ -45,7 +46,7 @@ class SharedMemoryTimerClient(api.TimerClient):
         self._worker = WorkerClient(
             address_from_environment() if address is None else os.fspath(address)
         )
-        self._held: dict[tuple[int, int, str], list[Slot]] = {}
+        self._acquired = Acquired()
         if self._worker.address != OFF:
             try:
                 self._worker.connect()
@@ -59,48 +60,17 @@ class SharedMemoryTimerClient(api.TimerClient):
     def acquire(self, scope_id: str, expiration_time: float) -> None:
         """Arm a timer that expires at `expiration_time`, in seconds since the epoch."""
         after = max(expiration_time - time.time(), 1e-9)
-        scope = Scope(scope_id, keeps=self)
-        slot = self._worker.choose((id(self), scope_id), after, after, scope)
-        held = self._held.setdefault(self._holder(scope_id), [])
-        held.append(slot)
-        try:
-            api.arm(slot)
-        except BaseException:
-            slot.exit(None, None, None)
-            held.remove(slot)
-            raise
+        key = "acquired", id(self), scope_id
+        self._acquired.add(
+            scope_id, self._worker.choose(key, after, after, Scope(scope_id, keeps=self))
+        )
 
     def release(self, scope_id: str) -> None:
         """Disarm the timer of that name that this thread, or task, acquired last, if any."""
-        holder = self._holder(scope_id)
-        held = self._held.get(holder)
-        if held:
-            held.pop().exit(None, None, None)
-            if not held:
-                del self._held[holder]
+        self._acquired.release(scope_id)
 
-    @staticmethod
-    def _holder(scope_id: str) -> tuple[int, int, str]:
-        return threading.get_ident(), current_task(), scope_id
-
-    def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(name, value)
-        if name in ("acquire", "release"):
-            api.forget_slots()
-
-    def __delattr__(self, name: str) -> None:
-        super().__delattr__(name)
-        if name in ("acquire", "release"):
-            api.forget_slots()
-
-    def _worker_client(self) -> WorkerClient | None:
-        # Who replaced or overrode a method wants it called.
-        for name in ("acquire", "release"):
-            replaced = name in vars(self)
-            overridden = getattr(type(self), name) is not getattr(SharedMemoryTimerClient, name)
-            if replaced or overridden:
-                return None
-        return self._worker
+    def _road(self) -> WorkerClient | None:
+        return None if is_overridden(self, "acquire", "release") else self._worker
 
 
 class SharedMemoryTimerServer:
@@ -210,7 +180,7 @@ def serve(
     try:
         assert server.address is not None
         os.environ[ADDRESS_VARIABLE] = server.address
-        api.forget_slots()
+        forget_slots()
         yield server
     finally:
         if os.getpid() == server._started_by:
@@ -218,5 +188,5 @@ def serve(
                 os.environ.pop(ADDRESS_VARIABLE, None)
             else:
                 os.environ[ADDRESS_VARIABLE] = before
-            api.forget_slots()
+            forget_slots()
         server.stop()

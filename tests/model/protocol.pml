@@ -149,7 +149,7 @@ end:
     od
 }
 
-/* ---- the worker's half: api.py Expiration.__enter__ ---- */
+/* ---- the worker's half: worker/expiration.py Expiration.__enter__ ---- */
 
 /* The property's own book-keeping, in the same step as the store of a deadline. */
 inline note_deadline(t, until) {

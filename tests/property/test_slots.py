@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hangwatch
-from hangwatch import api, page
-from hangwatch.worker import page_writer
+from hangwatch import page
+from hangwatch.worker import expiration, page_writer
 from hangwatch.worker.slots import Slot
 from support.pages import QuietClient, quiet_page
 
@@ -209,7 +209,7 @@ def test_slots_change_hands_at_the_cap_and_none_is_lost(
             exit_block = block.__exit__
             slot = block._slot
             if not isinstance(slot, Slot):
-                slot = api._local.road[1]
+                slot = expiration._local.road[1]
             block.__enter__()
             words = slot.words
             for _ in range(3):
@@ -244,7 +244,7 @@ def test_a_place_never_has_two_owners_while_threads_end(
         for turn in range(20):
             scope = f"{name}.{turn % 3}"
             with hangwatch.expires(60, scope):
-                for slot in api._local.all_slots():
+                for slot in expiration._local.all_slots():
                     if slot.key == scope and slot.words[slot.deadline_at]:
                         details = page.read_details(client.page.memory, slot.index)
                         if details.scope != scope or not slot.words[slot.deadline_at]:

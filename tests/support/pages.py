@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from hangwatch import api, page
+from hangwatch import page
 from hangwatch.watch.page_reader import PageReader
+from hangwatch.worker import expiration
 from hangwatch.worker.client import ADDRESS_VARIABLE, WorkerClient
 
 
@@ -46,13 +47,13 @@ def quiet_page(page_made: bool = True) -> Iterator[QuietClient]:
     before = os.environ.get(ADDRESS_VARIABLE)
     os.environ[ADDRESS_VARIABLE] = address
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(api, "client_at", lambda wanted: client)
-    api.forget_slots()
+    monkeypatch.setattr(expiration, "client_at", lambda wanted: client)
+    expiration.forget_slots()
     try:
         yield client
     finally:
         monkeypatch.undo()
-        api.forget_slots()
+        expiration.forget_slots()
         if before is None:
             del os.environ[ADDRESS_VARIABLE]
         else:

@@ -12,6 +12,7 @@ import click
 
 import hangwatch
 from hangwatch.errors import HangwatchError
+from hangwatch.folder import REPORT_DIR
 from hangwatch.watch.settings import OnExpiry, Settings
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -81,7 +82,7 @@ class _Run(click.Command):
 @main.command(cls=_Run, context_settings={"allow_interspersed_args": False})
 @click.option(
     "--report-dir",
-    default="hangwatch-reports",
+    default=REPORT_DIR,
     show_default=True,
     metavar="DIR",
     help="Keep the newest 100 reports here.",
@@ -106,6 +107,7 @@ def run(
 @click.option("--report-dir", metavar="DIR", help="Keep the newest 100 reports here.")
 @_expiry_options
 @click.option("--lifeline", type=int, hidden=True)
+@click.option("--events", type=int, hidden=True)
 def serve(
     address: str | None,
     report_dir: str | None,
@@ -113,6 +115,7 @@ def serve(
     grace: float,
     tree: bool,
     lifeline: int | None,
+    events: int | None,
 ) -> None:
     """Watch the workers that connect, until told to stop.
 
@@ -129,7 +132,7 @@ def serve(
         allowed_uids=frozenset({os.geteuid()}),
     )
     try:
-        watch(address, settings, lifeline)
+        watch(address, settings, lifeline, events)
     except HangwatchError as error:
         raise click.ClickException(str(error)) from None
 

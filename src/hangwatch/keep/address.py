@@ -9,6 +9,7 @@ import socket
 import stat
 
 from hangwatch.errors import AddressError
+from hangwatch.folder import known_folder
 
 LONGEST = 107  # unix(7): sun_path is 108 bytes, the last one NUL
 
@@ -21,11 +22,7 @@ def default_directory() -> str:
         usable = bool(runtime) and os.stat(runtime).st_uid == os.geteuid()
     except OSError:
         usable = False
-    return f"{runtime}/hangwatch" if usable else _fallback_directory()
-
-
-def _fallback_directory() -> str:
-    return f"/tmp/hangwatch-{os.geteuid()}"
+    return f"{runtime}/hangwatch" if usable else known_folder()
 
 
 def default_address() -> str:
@@ -37,7 +34,7 @@ def private_address() -> str:
     """Return an address that no other watcher has."""
     name = f"{os.getpid()}-{secrets.token_hex(4)}.sock"
     path = f"{default_directory()}/{name}"
-    return path if len(os.fsencode(path)) <= LONGEST else f"{_fallback_directory()}/{name}"
+    return path if len(os.fsencode(path)) <= LONGEST else f"{known_folder()}/{name}"
 
 
 def listen(path: str) -> socket.socket:
@@ -57,7 +54,7 @@ def listen(path: str) -> socket.socket:
             "give a shorter --address, or set XDG_RUNTIME_DIR to a shorter folder"
         )
     try:
-        _check_folder(os.path.dirname(path))
+        check_folder(os.path.dirname(path))
         _remove_dead(path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -79,7 +76,13 @@ def listen(path: str) -> socket.socket:
     return listener
 
 
-def _check_folder(folder: str) -> None:
+def check_folder(folder: str) -> None:
+    """Make the folder if it is missing, and see that nobody else can put anything there.
+
+    Raises:
+        AddressError: it is somebody else's, open to others, or no folder.
+        OSError: it can't be made.
+    """
     with contextlib.suppress(FileExistsError):
         os.makedirs(folder, mode=0o700)
     status = os.lstat(folder)

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from hangwatch.errors import LaunchError
@@ -26,6 +27,7 @@ class WatcherProcess:
         grace: seconds between SIGTERM and SIGKILL.
         tree: whether a worker's descendants are killed with it.
         at: where it listens; by default at an address of its own.
+        events: a socket that it tells `Event`s to; still the caller's afterwards.
 
     Raises:
         LaunchError: it did not become ready: its message says why.
@@ -38,12 +40,15 @@ class WatcherProcess:
         grace: float = 0.0,
         tree: bool = True,
         at: str | None = None,
+        events: int | None = None,
     ) -> None:
         self.address = os.path.abspath(at or address.private_address())
         arguments = ["--address", self.address, "--on-expiry", OnExpiry(on_expiry).value]
         arguments += ["--grace", repr(float(grace)), "--tree" if tree else "--no-tree"]
         if report_dir is not None:
             arguments += ["--report-dir", os.path.abspath(report_dir)]
+        if events is not None:
+            arguments += ["--events", str(events)]
         lifeline, self._lifeline = os.pipe()
         # An abstract name: no file, no folder, nothing that can be too long; unix(7).
         name = f"hangwatch-{os.getpid()}-{secrets.token_hex(8)}"
@@ -58,7 +63,7 @@ class WatcherProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     env=_environment(f"@{name}"),
-                    pass_fds=[lifeline],
+                    pass_fds=[lifeline] if events is None else [lifeline, events],
                     process_group=0,
                 )
                 self._wait_ready(ready)
@@ -77,13 +82,24 @@ class WatcherProcess:
         """Return the watcher's exit status if it has ended, else None."""
         return self._process.poll()
 
-    def stop(self) -> None:
-        """End the watcher; returns when every report is complete."""
+    def tell_to_stop(self) -> None:
+        """Ask the watcher to end, and don't wait for it."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             # A watcher that somebody stopped can't see the signal; SIGCONT harms no other.
             self._process.send_signal(signal.SIGCONT)
-        self._process.wait()
+
+    def stop(self, within: float | None = None) -> None:
+        """End the watcher; returns when every report is complete.
+
+        Args:
+            within: seconds after which to return nevertheless; it then ends by itself.
+        """
+        self.tell_to_stop()
+        try:
+            self._process.wait(within)
+        except subprocess.TimeoutExpired:
+            threading.Thread(target=self._process.wait, daemon=True).start()
         self._close()
 
     def _close(self) -> None:

@@ -15,11 +15,14 @@ from hangwatch.keep.keeper import Keeper
 from hangwatch.keep.signals import STOPPING_SIGNALS, SignalPipe
 from hangwatch.keep.systemd import Notifier, take_listener
 from hangwatch.process import read_stat
+from hangwatch.watch.events import Events
 from hangwatch.watch.settings import Settings
 from hangwatch.watch.watcher import Watcher
 
 
-def serve(path: str | None, settings: Settings, lifeline: int | None = None) -> None:
+def serve(
+    path: str | None, settings: Settings, lifeline: int | None = None, events: int | None = None
+) -> None:
     """Watch until SIGTERM, SIGINT, or the launcher's end.
 
     Args:
@@ -29,6 +32,7 @@ def serve(path: str | None, settings: Settings, lifeline: int | None = None) -> 
         lifeline: a descriptor whose end of file says that the launcher has gone. Keeper
             and watcher then end as soon as no worker is left. While the launcher is
             stopped, watching is paused.
+        events: a socket that the launcher hears `Event`s from.
 
     Raises:
         AddressError: it can't listen there.
@@ -44,9 +48,11 @@ def serve(path: str | None, settings: Settings, lifeline: int | None = None) -> 
     if lifeline is not None:
         os.set_inheritable(lifeline, False)
         launcher = os.getppid()
+    if events is not None:
+        os.set_inheritable(events, False)
 
     def watch(link: socket.socket, kept: dict[int, Kept]) -> None:
-        if not _watch(listener, link, kept, settings, lifeline, launcher):
+        if not _watch(listener, link, kept, settings, lifeline, launcher, events):
             # The keeper, who would do so, is gone.
             _remove(ours)
 
@@ -83,6 +89,7 @@ def _watch(
     settings: Settings,
     lifeline: int | None,
     launcher: int | None,
+    events: int | None,
 ) -> bool:
     """Be the watcher process; tell, at its end, whether the keeper still lives."""
     linux.name_process("hw-watcher")
@@ -108,7 +115,7 @@ def _watch(
             watcher.stop()
 
     # First, so that its epoll gets one of the low numbers that the keeper's signals had.
-    watcher = Watcher(listener, link, settings, paused)
+    watcher = Watcher(listener, link, settings, paused, Events(events))
     signals = SignalPipe()
     watcher.loop.add(signals.fileno(), signalled)
     if lifeline is not None:

@@ -60,6 +60,7 @@ def doing_of(worker: Watched) -> OtherWorker:
             page.times_entered(slot.entry),
         )
         for slot in worker.reader.armed()
-        if (details := worker.reader.details(slot)) is not None
+        if slot.deadline < page.REPLACED  # the inner block stands for it
+        and (details := worker.reader.details(slot)) is not None
     ]
     return OtherWorker(worker.identity.pid, worker.hello.labels, scopes)

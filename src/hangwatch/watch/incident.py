@@ -18,6 +18,7 @@ from math import inf
 from time import monotonic
 from typing import Protocol
 
+from hangwatch import page
 from hangwatch.evidence.gather import gather
 from hangwatch.evidence.model import Action, Case, Evidence, OtherWorker, Outcome, Report
 from hangwatch.evidence.report import headline
@@ -34,6 +35,8 @@ EVIDENCE_WITHIN = 2.0
 MOST_GATHERING = MOST_PUBLISHING = 4
 _PUBLISH_WITHIN = 10.0
 _DEAD_WITHIN = 5.0
+SIGNAL_GRACE = 5.0
+"""Seconds between a signal that a block asked for and SIGKILL, if no grace was set."""
 _LONGEST_BACK_OFF = 60.0
 
 _log = logging.getLogger("hangwatch.watch")
@@ -66,19 +69,27 @@ class Surroundings(Protocol):
     def spared(self, worker: Watched) -> set[int]:
         """Return the processes that no kill of this worker may reach."""
 
+    def tell(self, event: str, verdict: Verdict) -> None:
+        """Tell the program that launched the watcher."""
+
     def others(self, worker: Watched) -> list[OtherWorker]:
         """Say what the other workers are doing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A block that overran: whose, which, when it was found (CLOCK_MONOTONIC), what is known."""
+    """A block that overran: whose, which, when it was found (CLOCK_MONOTONIC), what is known.
+
+    Attributes:
+        signal: what the block asked to be sent first, `page.NEVER_KILL`, or 0.
+    """
 
     worker: Watched
     slot: Armed
     at: float
     case: Case
     names: dict[int, str]
+    signal: int = 0
 
 
 class Incident:
@@ -132,6 +143,7 @@ class Incident:
             if self._overdue():
                 yield from self._gather()
             outcome = yield from self._act()
+            self._around.tell(outcome.value, self.verdict)
             yield from self._tell(outcome)
             if outcome is Outcome.UNKILLABLE:
                 yield from self._insist()
@@ -168,7 +180,8 @@ class Incident:
             native_id=verdict.case.scope.thread.native_id,
             names=verdict.names,
             is_overdue=lambda: worker.reader.is_still(verdict.slot),
-            doomed=self._around.settings.on_expiry is OnExpiry.REAP,
+            # Another signal may be one that the worker handles, and lives on.
+            doomed=self._reaps() and verdict.signal in (0, signal.SIGTERM, signal.SIGKILL),
         )
         if monotonic() >= until:
             self._problems.append("evidence: too many incidents at once")
@@ -193,19 +206,24 @@ class Incident:
         self._evidence = helper.result
 
     def _act(self) -> Generator[float, None, Outcome]:
-        settings = self._around.settings
-        if settings.on_expiry is OnExpiry.REPORT:
+        if not self._reaps():
             return self._nothing_to_do() or Outcome.REPORTED
         # Before anything is done, so that a report survives us.
         self._start_reporter()
+        grace = self._around.settings.grace
+        first = self.verdict.signal or (signal.SIGTERM if grace > 0 else signal.SIGKILL)
         outcome = None
-        if settings.grace > 0:
-            outcome = yield from self._step(signal.SIGTERM, settings.grace)
+        if first != signal.SIGKILL:
+            outcome = yield from self._step(first, grace or SIGNAL_GRACE)
         if outcome is None:
             outcome = yield from self._step(signal.SIGKILL, _DEAD_WITHIN)
         if outcome is Outcome.REAPED:
             yield from self._end_tree()
         return outcome or Outcome.UNKILLABLE
+
+    def _reaps(self) -> bool:
+        on_expiry = self._around.settings.on_expiry
+        return on_expiry is OnExpiry.REAP and self.verdict.signal != page.NEVER_KILL
 
     def _nothing_to_do(self) -> Outcome | None:
         """Look before a step: what makes it needless or unsafe, or None."""
@@ -225,9 +243,7 @@ class Incident:
             return Outcome.REPORTED
         return None
 
-    def _step(
-        self, number: signal.Signals, within: float
-    ) -> Generator[float, None, Outcome | None]:
+    def _step(self, number: int, within: float) -> Generator[float, None, Outcome | None]:
         worker = self.verdict.worker
         if self._around.settings.tree:
             self._find_tree()
@@ -236,7 +252,7 @@ class Incident:
             return outcome
         if self._reporter is not None:
             self._reporter.about_to_send(number)
-        self._note(number.name, worker.identity.send(number))
+        self._note(_name_of(number), worker.identity.send(number))
         self._signalled = True
         # Who leaves the block on SIGTERM may be on its way out: it has the whole grace.
         until = monotonic() + within
@@ -313,3 +329,10 @@ class Incident:
             identity.send(signal.SIGKILL)
             back_off = min(back_off * 2, _LONGEST_BACK_OFF)
         yield from self._end_tree()
+
+
+def _name_of(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # one of the real-time signals in between
+        return f"signal {number}"

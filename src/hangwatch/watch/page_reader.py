@@ -5,11 +5,14 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import signal
 from dataclasses import dataclass
 from math import inf
 
 from hangwatch import page
 from hangwatch.errors import PageError
+
+_LAST_SIGNAL = int(signal.SIGRTMAX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,11 @@ class PageReader:
         """Return what an armed slot says of its block; None if the block has ended."""
         details = page.read_details(self._memory, slot.index)
         return details if self._is_open(slot.index, slot.entry, slot.deadline) else None
+
+    def signal(self, slot: Armed) -> int:
+        """Return the signal that a block asks for; 0 for what is none."""
+        number = page.read_details(self._memory, slot.index).signal
+        return number if number == page.NEVER_KILL or 0 < number <= _LAST_SIGNAL else 0
 
     def chain(self, slot: Armed) -> list[page.SlotDetails]:
         """Return the details of a block and of the open blocks around it, innermost first."""

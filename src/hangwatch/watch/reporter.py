@@ -16,7 +16,8 @@ from hangwatch.watch.helper import Helper
 
 # What is told before a signal is sent, and how long a death of it is waited for should
 # the watcher die meanwhile. A worker that survives is its successor's to report.
-_STEPS = {signal.SIGTERM: (b"t", 0.0), signal.SIGKILL: (b"k", 5.0)}
+_KILL, _ASK = b"k", b"t"
+_DEAD_WITHIN = {_KILL: 5.0, _ASK: 0.0}
 _PICKLED = b"\x80"  # how pickles begin
 
 
@@ -78,9 +79,9 @@ class Reporter:
         finally:
             os.close(inbox)
 
-    def about_to_send(self, number: signal.Signals) -> None:
+    def about_to_send(self, number: int) -> None:
         """Tell it what would explain a death."""
-        os.write(self._outbox, _STEPS[number][0])
+        os.write(self._outbox, _KILL if number == signal.SIGKILL else _ASK)
 
     def finish(self, outcome: Outcome, actions: list[Action]) -> None:
         """Tell it how the incident ended; then call `send_rest` until that is true."""
@@ -117,14 +118,11 @@ def _ending(told: bytes, identity: Identity, at: float) -> tuple[Outcome, list[A
         outcome, actions = pickle.loads(_PICKLED + rest)
     except Exception:
         # The watcher has died. What it was about to do it may have done.
-        for number, (step, within) in _STEPS.items():
-            if steps.endswith(step):
-                if identity.is_dead(within):
-                    now = round(monotonic() - at, 6)
-                    died = "it is dead; the watcher has died meanwhile"
-                    return Outcome.REAPED, [
-                        Action(number.name, now, "sent"),
-                        Action("confirm", now, died),
-                    ]
+        last = steps[-1:]
+        if last and identity.is_dead(_DEAD_WITHIN[last]):
+            now = round(monotonic() - at, 6)
+            sent = "SIGKILL" if last == _KILL else "the first signal"
+            died = "it is dead; the watcher has died meanwhile"
+            return Outcome.REAPED, [Action(sent, now, "sent"), Action("confirm", now, died)]
         return None
     return outcome, actions

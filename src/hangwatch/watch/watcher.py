@@ -20,6 +20,7 @@ from hangwatch.errors import ProtocolError
 from hangwatch.evidence.model import OtherWorker
 from hangwatch.handover import Kept
 from hangwatch.watch.case import case_of, doing_of
+from hangwatch.watch.events import Events
 from hangwatch.watch.helper import Helper
 from hangwatch.watch.incident import Incident, Verdict
 from hangwatch.watch.keeper_link import PING_EVERY, KeeperLink
@@ -56,6 +57,7 @@ class Watcher:
         link: a connection to the keeper.
         settings: what to do about a block that overran.
         is_paused: tells whether watching is paused.
+        events: where to tell what happens.
     """
 
     def __init__(
@@ -64,8 +66,11 @@ class Watcher:
         link: socket.socket,
         settings: Settings,
         is_paused: Callable[[], bool] = lambda: False,
+        events: Events | None = None,
     ) -> None:
         self.settings = settings
+        self._events = events or Events(None)
+        self._joined = 0
         self.paused = is_paused
         self.loop = Loop()
         self._keeper_pid = os.getppid()
@@ -124,6 +129,9 @@ class Watcher:
             self._visit_due()
             self._resume_incidents()
             self._tick()
+        for worker in self._workers.values():
+            # Nobody keeps what was promised: whoever arms shall ring, and find that out.
+            worker.reader.promise(0.0)
 
     # -- waiting
 
@@ -150,6 +158,8 @@ class Watcher:
             return
         self._next_tick = now + PING_EVERY
         self.keeper.ping(len(self._workers))
+        self._events.send_waiting()
+        self._events.tell({"event": "alive", "at": time.time(), "joined": self._joined}, True)
         if self._leaving and not self._workers:
             self.stop()
         Helper.reap()
@@ -175,6 +185,7 @@ class Watcher:
         self._answer(worker)
 
     def _watch(self, worker: Watched) -> None:
+        self._joined += 1
         self._workers[worker.connection.fileno()] = worker
         self.loop.add(worker.connection.fileno(), lambda: self._rung(worker))
         self.loop.add(worker.identity.pidfd, lambda: self._ended(worker))
@@ -283,7 +294,12 @@ class Watcher:
         settle = 0.0
         if slot.deadline <= self._paused_until:
             settle = min(self._pause, case.scope.limit_s, _LONGEST_SETTLING)
-        verdict = Verdict(worker, slot, at, case, worker.reader.thread_names())
+        verdict = Verdict(
+            *(worker, slot, at, case),
+            names=worker.reader.thread_names(),
+            signal=worker.reader.signal(slot),
+        )
+        self.tell("expired", verdict)
         incident = Incident(verdict, self, settle)
         # It begins in this turn of the loop, once every page that is due has been visited.
         worker.busy = True
@@ -340,6 +356,20 @@ class Watcher:
     def publishing(self) -> int:
         """Count the incidents whose report is being written."""
         return sum(incident.publishing for incident in self._incidents)
+
+    def tell(self, event: str, verdict: Verdict) -> None:
+        """Tell our launcher of an incident."""
+        case = verdict.case
+        self._events.tell(
+            {
+                "event": event,
+                "at": time.time(),
+                "pid": case.worker.pid,
+                "scope": case.scope.name,
+                "expiration_time": case.at - case.scope.late_s,
+                "signal": verdict.signal,
+            }
+        )
 
     def spared(self, worker: Watched) -> set[int]:
         """Return the processes that no kill of this worker may reach."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from time import monotonic
 
 from hangwatch import linux
@@ -29,10 +29,12 @@ class WorkerClient:
 
     Args:
         address: path of the watcher's socket, or ``off``.
+        on_lost: called when the watcher turns out to be gone.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, on_lost: Callable[[], None] = lambda: None) -> None:
         self.address = address
+        self._on_lost = on_lost
         self._page: PageWriter | None = None
         self._page_again = 0.0
         self._making = threading.RLock()
@@ -63,7 +65,7 @@ class WorkerClient:
     def choose(self, key: Hashable, after: object, limit: float, scope: Scope) -> Slot:
         """Claim a slot for a block, see `PageWriter.choose`; never fails for want of a watcher."""
         if self.address == OFF:
-            return void_slot(key, after, scope.keeps)
+            return void_slot(key, after, scope)
         if self._page is None:
             if monotonic() < self._page_again:
                 return VOID_SLOT
@@ -81,22 +83,35 @@ class WorkerClient:
         """Have the watcher look at this process's page, connecting first if need be."""
         watcher = self._socket
         if watcher is None:
-            # No calls between the look and the claim: one thread alone connects.
-            now = monotonic()
-            if now < self._try_at:
-                return
-            self._try_at = now + 2 * connection.ANSWER_WITHIN
-            try:
-                self.connect()
-            except (HangwatchError, OSError) as error:
-                self._try_at = monotonic() + _TRY_AGAIN_AFTER
-                self._warn_once("connect", str(error))
+            problem = self.try_to_connect()
+            if problem is not None:
+                self._warn_once("connect", str(problem))
         elif not watcher.ring():
             self._socket = None
             self._try_at = monotonic() + _TRY_AGAIN_AFTER
             self._warned.discard("connect")
             self._warn_once("lost", "the watcher is gone")
             watcher.close()
+            self._on_lost()
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the watcher has this process's page, as far as we know."""
+        return self._socket is not None
+
+    def try_to_connect(self) -> Exception | None:
+        """Connect, at most once a second; return what went wrong with this attempt."""
+        # No calls between the look and the claim: one thread alone connects.
+        now = monotonic()
+        if now < self._try_at:
+            return None
+        self._try_at = now + 2 * connection.ANSWER_WITHIN
+        try:
+            self.connect()
+        except (HangwatchError, OSError, ImportError) as error:
+            self._try_at = monotonic() + _TRY_AGAIN_AFTER
+            return error
+        return None
 
     def connect(self) -> None:
         """Hand the page to the watcher.

@@ -150,7 +150,7 @@ class PageWriter:
                 index = self._free_index()
                 if index is None:
                     return None
-            slot = Slot(thread, index, self.memory, self._ring, key, after, limit, scope.keeps)
+            slot = Slot(thread, index, self.memory, self._ring, key, after, limit, scope)
             # The new generation goes first: who reads the rest in between sees it change.
             self.words[slot.entry_at] = slot.entry
             details = page.SlotDetails(
@@ -159,6 +159,7 @@ class PageWriter:
                 native_id=thread.native_id,
                 thread_name=thread.name,
                 scope=scope.name,
+                signal=scope.signal,
             )
             page.write_details(self.memory, index, details, keep_end=scope.is_place)
             self._slots[index] = slot

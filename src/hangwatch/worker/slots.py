@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from functools import partial
 from math import inf
+from time import monotonic
 
 from hangwatch import page
 from hangwatch.worker.tasks import current_task
@@ -27,14 +28,18 @@ class Scope:
         name: as reports show it.
         is_place: whether it is a file and line, whose end tells more than its beginning.
         keeps: what its key speaks of by identity, to be kept alive.
+        signal: what an overrun sends first, `page.NEVER_KILL`, or 0 for the watcher's choice.
     """
 
-    __slots__ = ("is_place", "keeps", "name")
+    __slots__ = ("is_place", "keeps", "name", "signal")
 
-    def __init__(self, name: str, is_place: bool = False, keeps: object = None) -> None:
+    def __init__(
+        self, name: str, is_place: bool = False, keeps: object = None, signal: int = 0
+    ) -> None:
         self.name = name
         self.is_place = is_place
         self.keeps = keeps
+        self.signal = signal
 
 
 class Slot:
@@ -45,7 +50,7 @@ class Slot:
         after: the block's `after` as the caller gave it; `TAKEN` once another scope, or
             another thread, has the place.
         limit: the same in seconds.
-        keeps: what `key` speaks of by its identity, kept alive here.
+        scope: the block's name, and what `key` speaks of by its identity, kept alive here.
         block: the Expiration that chose this slot last.
         entry: what the next arming will store. It is ahead of the page's from the
             moment a block chose this slot until it is armed.
@@ -64,11 +69,11 @@ class Slot:
         "entry_at",
         "exit",
         "index",
-        "keeps",
         "key",
         "limit",
         "memory",
         "ring",
+        "scope",
         "thread",
         "words",
     )
@@ -82,7 +87,7 @@ class Slot:
         key: Hashable,
         after: object,
         limit: float,
-        keeps: object = None,
+        scope: Scope,
     ) -> None:
         self.thread = thread
         self.index = index
@@ -97,7 +102,7 @@ class Slot:
         self.key = key
         self.after = after
         self.limit = limit
-        self.keeps = keeps
+        self.scope = scope
         self.block: object = None
         self.entry = page.next_generation(self.words[self.entry_at])
         self.enclosing: Slot | None = None
@@ -126,6 +131,29 @@ class Slot:
         A `with` statement does while its block lasts, also in a generator that waits.
         """
         return sys.getrefcount(self.exit) > 2  # the attribute, and the argument of the call
+
+    def arm(self) -> None:
+        """Arm, off the quiet path; if that raises, it isn't armed."""
+        words = self.words
+        try:
+            words[self.entry_at] = self.entry
+            words[self.deadline_at] = deadline = monotonic() + self.limit
+            self.ring()
+            # It may have been a handshake: the block's time begins now.
+            words[self.deadline_at] = monotonic() + self.limit
+            if monotonic() >= deadline:
+                # The first deadline may have been found overdue, and the other one not yet.
+                self.ring()
+        except BaseException:
+            words[self.deadline_at] = 0.0
+            raise
+
+    def restart(self) -> None:
+        """Give the open block its whole limit from now."""
+        now = monotonic()
+        self.words[self.deadline_at] = deadline = now + self.limit
+        if not now < self.words[page.WATCH_UNTIL] <= deadline:
+            self.ring()
 
     def nest(self, block: object) -> Slot:
         """Note which open block of this thread, or asyncio task, is around this one."""
@@ -192,6 +220,13 @@ class ThreadSlots:
 
     _prune_at = 64
 
+    def innermost(self, name: str) -> Slot | None:
+        """Return the slot of this thread's, or task's, innermost open block of that name."""
+        for slot, entry in reversed(self.stack_of(current_task())):
+            if slot.scope.name == name and slot.is_open(entry):
+                return slot
+        return None
+
     def unused(self) -> Slot | None:
         """Take one of this thread's own slots that is not armed, or None.
 
@@ -234,7 +269,11 @@ class ThreadSlots:
         self.slots[slot.key] = slot
 
 
-def void_slot(key: Hashable = None, after: object = TAKEN, keeps: object = None) -> Slot:
+def void_slot(
+    key: Hashable = None,
+    after: object = TAKEN,
+    scope: Scope = Scope(""),  # noqa: B008
+) -> Slot:
     """Make a slot of the calling thread that nobody watches.
 
     Its limit is infinite and so is its memory's watch_until: arming it is always quiet.
@@ -242,7 +281,7 @@ def void_slot(key: Hashable = None, after: object = TAKEN, keeps: object = None)
     memory = memoryview(bytearray(page.HEADER_BYTES + page.SLOT_BYTES))
     memory.cast("d")[page.WATCH_UNTIL] = inf
     thread = ThreadSlots()
-    slot = thread.alone = Slot(thread, 0, memory, lambda: None, key, after, inf, keeps)
+    slot = thread.alone = Slot(thread, 0, memory, lambda: None, key, after, inf, scope)
     thread.others.append(slot)
     return slot
 

@@ -1,0 +1,176 @@
+"""The pair over a `multiprocessing` queue: drop-ins for PyTorch's classes of these names."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+from time import monotonic, sleep
+
+from hangwatch.api import RequestQueue, TimerRequest
+from hangwatch.folder import REPORT_DIR
+from hangwatch.overrides import is_overridden, remember
+from hangwatch.pairs import place
+from hangwatch.pairs.client import DropInClient
+from hangwatch.pairs.complaints import Complaints
+from hangwatch.pairs.server import DropInServer
+
+__all__ = ["LocalTimerClient", "LocalTimerServer", "MultiprocessingRequestQueue"]
+
+TYPE_CHECKING = False  # typing itself takes long to import
+if TYPE_CHECKING:
+    from typing import Any
+
+# A message that its sender has counted, and its feeder thread has not written yet.
+_IN_FLIGHT_FOR = 0.005
+_MOST_AT_ONCE = 10_000
+
+
+class LocalTimerClient(DropInClient):
+    """A worker's client of the `LocalTimerServer` on the same queue.
+
+    If that server has a watcher beside it, arming goes through shared memory. Else, as with
+    another library's server or a manager's queue, requests go through the queue; one that
+    is full holds up nobody.
+
+    Args:
+        mp_queue: the queue that the server was given.
+
+    Raises:
+        TypeError: it is no queue.
+    """
+
+    def __init__(self, mp_queue: Any) -> None:
+        super().__init__()
+        _check_queue(mp_queue, "put")
+        self._mp_queue = mp_queue
+
+    def __repr__(self) -> str:
+        road = "through shared memory" if self._connected() else "through the queue"
+        return f"<{type(self).__name__} {road}>"
+
+    def _link(self) -> str | None:
+        return _link_of_queue(self._mp_queue)
+
+    def _send(self, scope_id: str, expiration_time: float) -> bool:
+        try:
+            self._mp_queue.put(TimerRequest(os.getpid(), scope_id, expiration_time), False)
+        except queue.Full:
+            return False
+        return True
+
+
+class MultiprocessingRequestQueue(RequestQueue):
+    """The requests that come through a `multiprocessing` queue.
+
+    Args:
+        mp_queue: the queue; only one process may take from it.
+
+    Raises:
+        TypeError: it is no queue.
+    """
+
+    def __init__(self, mp_queue: Any) -> None:
+        super().__init__()
+        _check_queue(mp_queue, "get", "qsize")
+        self._mp_queue = mp_queue
+        self._taken: list[Any] = []
+
+    def size(self) -> int:
+        """Return how many requests there are; so many `get` returns without waiting.
+
+        What senders have counted, but not written yet, is waited for a few milliseconds.
+        """
+        until = monotonic() + _IN_FLIGHT_FOR
+        while len(self._taken) < _MOST_AT_ONCE:
+            try:
+                self._taken.append(self._mp_queue.get(False))
+            except queue.Empty:
+                if monotonic() >= until or self._mp_queue.qsize() <= 0:
+                    break
+                sleep(0.0005)
+        return len(self._taken)
+
+    def get(self, size: int, timeout: float) -> list[TimerRequest]:
+        """Take at most `size` requests, waiting `timeout` seconds for them all in all."""
+        until = monotonic() + timeout
+        requests, self._taken = self._taken[:size], self._taken[size:]
+        try:
+            while len(requests) < size:
+                wait = until - monotonic()
+                requests.append(self._mp_queue.get(wait > 0, max(0.0, wait)))
+        except queue.Empty:
+            pass
+        except BaseException:
+            self._taken[:0] = requests
+            raise
+        return requests
+
+
+@remember("register_timers", "clear_timers", "get_expired_timers", "_reap_worker")
+class LocalTimerServer(DropInServer):
+    """Watches the workers that have a `LocalTimerClient` on the same queue.
+
+    Args:
+        mp_queue: a `multiprocessing` queue.
+        max_interval: seconds that a round on the legacy road waits for a request at most;
+            what is due does not wait for it.
+        daemon: whether the thread lets the process end while it runs.
+        report_dir: folder of the newest 100 reports; None keeps none.
+
+    Raises:
+        TypeError: it is no queue.
+    """
+
+    def __init__(
+        self,
+        mp_queue: Any,
+        max_interval: float = 60,
+        daemon: bool = True,
+        *,
+        report_dir: str | os.PathLike[str] | None = REPORT_DIR,
+    ) -> None:
+        requests = MultiprocessingRequestQueue(mp_queue)
+        super().__init__(requests, max_interval, daemon, report_dir, Complaints())
+        self._mp_queue = mp_queue
+
+    def start(self) -> None:
+        """Start watching; returns when workers can connect. A second start does nothing.
+
+        Raises:
+            ValueError: the queue is closed.
+        """
+        if getattr(self._mp_queue, "_closed", False):
+            raise ValueError("the queue is closed: make a new one, and a server for it")
+        super().start()
+
+    def _link(self) -> str | None:
+        return _link_of_queue(self._mp_queue)
+
+    def _reap_worker(self, worker_id: int) -> bool:
+        return self._targets.reap(worker_id, signal.SIGKILL)
+
+    def _keeps_its_own_way(self) -> bool:
+        return is_overridden(
+            self, "register_timers", "clear_timers", "get_expired_timers", "_reap_worker"
+        )
+
+
+def _check_queue(mp_queue: object, *methods: str) -> None:
+    for method in methods:
+        if not callable(getattr(mp_queue, method, None)):
+            raise TypeError(
+                f"mp_queue must be a multiprocessing queue, not {type(mp_queue).__name__}: "
+                "make one by multiprocessing.get_context(...).Queue()"
+            )
+
+
+def _link_of_queue(mp_queue: Any) -> str | None:
+    """Return where the watcher beside a queue is found; None for a queue without a pipe."""
+    # Both ends of a pipe have one inode; a process may have closed either.
+    for end in ("_reader", "_writer"):
+        try:
+            return place.link_of(os.fstat(getattr(mp_queue, end).fileno()))
+        except (AttributeError, OSError, TypeError, ValueError):
+            continue
+    return None

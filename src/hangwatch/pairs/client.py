@@ -1,0 +1,115 @@
+"""What the clients of the drop-in pairs have in common.
+
+A block goes the native road, through the page, if the client's server has a watcher beside
+it; else the legacy road, over the pair's own transport. It ends on the road on which it
+began: one that changed over would leave behind a timer that kills a healthy worker.
+"""
+
+from __future__ import annotations
+
+import abc
+import os
+import time
+from collections.abc import Hashable
+from math import isfinite
+
+from hangwatch.overrides import is_overridden, remember
+from hangwatch.pairs.requested import Requested
+from hangwatch.worker.acquired import Acquired
+from hangwatch.worker.blocks import ContractBlock, ReplacingBlock
+from hangwatch.worker.built_in_client import BuiltInClient
+from hangwatch.worker.client import WorkerClient
+from hangwatch.worker.expiration import forget_slots
+from hangwatch.worker.slots import Scope, Slot
+
+TYPE_CHECKING = False  # typing itself takes long to import
+if TYPE_CHECKING:
+    from hangwatch.worker.blocks import Block
+
+_OF_THIS_PROCESS = ("_requested", "_acquired", "_worker")
+
+
+@remember("acquire", "release")
+class DropInClient(BuiltInClient):
+    """A client of a drop-in pair."""
+
+    def __init__(self) -> None:
+        self._requested = Requested(self._send)
+        self._acquired = Acquired()
+        self._worker: WorkerClient | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: at for name, at in vars(self).items() if name not in _OF_THIS_PROCESS}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        DropInClient.__init__(self)
+
+    @abc.abstractmethod
+    def _link(self) -> str | None:
+        """Return where a watcher beside the server would be found, if anywhere."""
+
+    @abc.abstractmethod
+    def _send(self, scope_id: str, expiration_time: float) -> bool:
+        """Send a request over the pair's transport, as `Requested` wants it."""
+
+    def _signal_in_page(self) -> int:
+        return 0
+
+    def acquire(self, scope_id: str, expiration_time: float) -> None:
+        """Acquire a timer; one of the same name that the caller holds already is replaced.
+
+        Args:
+            scope_id: its name.
+            expiration_time: when it expires, in seconds since the epoch; negative releases.
+        """
+        if not isfinite(expiration_time):
+            raise ValueError(f"expiration_time must be a finite number, not {expiration_time!r}")
+        if expiration_time < 0:
+            self.release(scope_id)
+            return
+        worker = self._connected()
+        if worker is None:
+            self._requested.replace(scope_id, expiration_time)
+            return
+        after = max(expiration_time - time.time(), 1e-9)
+        signal = self._signal_in_page()
+        scope = Scope(scope_id, keeps=self, signal=signal)
+        slot = worker.choose(("acquired", id(self), scope_id, signal), after, after, scope)
+        self._acquired.release(scope_id)
+        self._acquired.add(scope_id, slot)
+        if scope_id in self._requested:  # from before there was a watcher
+            self._requested.drop(scope_id)
+
+    def release(self, scope_id: str) -> None:
+        """Release the timer of that name; if the caller holds none, another thread's."""
+        if self._acquired.release(scope_id, anyones=True):
+            return
+        if scope_id in self._requested or self._connected() is None:
+            self._requested.drop(scope_id)
+
+    def _road(self) -> DropInClient | None:
+        return None if is_overridden(self, "acquire", "release") else self
+
+    def choose(self, key: Hashable, after: object, limit: float, scope: Scope) -> Slot | Block:
+        """Claim what a block is armed in; see `PageWriter.choose`."""
+        worker = self._connected()
+        if worker is None:
+            return ContractBlock(self._requested, scope.name, limit)
+        scope.signal = self._signal_in_page()
+        slot = worker.choose((key, scope.signal), after, limit, scope)
+        outer = slot.thread.innermost(scope.name)
+        return slot if outer is None else ReplacingBlock(outer, slot)
+
+    def _connected(self) -> WorkerClient | None:
+        """Return the native road, if there is one."""
+        worker = self._worker
+        if worker is not None and worker.is_connected:
+            return worker
+        link = self._link()
+        if link is None or not os.path.lexists(link):
+            return None
+        if worker is None or worker.address != link:
+            self._worker = worker = WorkerClient(link, on_lost=forget_slots)
+        worker.try_to_connect()
+        return worker if worker.is_connected else None

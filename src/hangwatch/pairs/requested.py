@@ -1,0 +1,153 @@
+"""The legacy road on a worker's side: what this process has asked its server for.
+
+The wire knows one timer a process and scope. Here each thread and task has its own, and
+blocks of one scope in each other are a stack; the server is told of the earliest.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+from hangwatch.worker.acquired import Holder, holder
+
+RELEASE = -1.0
+_TRY_AGAIN_AFTER = 0.05
+
+
+class _Timer:
+    """One block's, or one call's, timer: its limit in seconds, and when it expires (epoch)."""
+
+    __slots__ = ("expiration_time", "limit")
+
+    def __init__(self, expiration_time: float) -> None:
+        self.limit = expiration_time - time.time()
+        self.expiration_time = expiration_time
+
+
+class Requested:
+    """The timers of this process on the legacy road.
+
+    It is a contract client itself, whose `acquire` and `release` pair up as blocks do: in
+    another block of the same scope and thread a block replaces that one's timer, and gives
+    it its own time anew when it ends.
+
+    Args:
+        send: sends a request (scope, expiration time in epoch seconds, or `RELEASE`) without
+            ever blocking; returns whether there was room for it.
+    """
+
+    def __init__(self, send: Callable[[str, float], bool]) -> None:
+        self._send = send
+        self.forget()
+        _all.add(self)
+
+    def forget(self) -> None:
+        """In a forked child: what the parent asked for is nothing of ours."""
+        # Reentrant: a signal handler may use timers, too.
+        self._lock = threading.RLock()
+        self._stacks: dict[str, dict[Holder, list[_Timer]]] = {}
+        self._told: dict[str, float] = {}
+        self._waiting: dict[str, float] = {}
+
+    def __contains__(self, scope_id: object) -> bool:
+        return scope_id in self._stacks
+
+    def acquire(self, scope_id: str, expiration_time: float) -> None:
+        """Begin a block."""
+        with self._lock:
+            mine = self._stacks.setdefault(scope_id, {}).setdefault(holder(), [])
+            mine.append(_Timer(expiration_time))
+            try:
+                self._tell(scope_id)
+            except BaseException:
+                mine.pop()
+                self._prune(scope_id)
+                raise
+
+    def release(self, scope_id: str) -> None:
+        """End the innermost block of that scope."""
+        with self._lock:
+            mine = self._stacks.get(scope_id, {}).get(holder())
+            if not mine:
+                return
+            mine.pop()
+            if mine:
+                mine[-1] = _Timer(time.time() + mine[-1].limit)
+            self._prune(scope_id)
+            self._tell(scope_id)
+
+    def replace(self, scope_id: str, expiration_time: float) -> None:
+        """Acquire by a call: whatever the caller has of that scope, this takes its place."""
+        with self._lock:
+            self._stacks.setdefault(scope_id, {})[holder()] = [_Timer(expiration_time)]
+            self._told.pop(scope_id, None)
+            try:
+                self._tell(scope_id)
+            except BaseException:
+                del self._stacks[scope_id][holder()]
+                self._prune(scope_id)
+                raise
+
+    def drop(self, scope_id: str) -> None:
+        """Release by a call: the caller's timer, or if it has none, anyone's."""
+        with self._lock:
+            stacks = self._stacks.get(scope_id, {})
+            stacks.pop(holder() if holder() in stacks else next(reversed(stacks), holder()), None)
+            self._prune(scope_id)
+            self._told.pop(scope_id, None)
+            self._tell(scope_id, anew=True)
+
+    def _prune(self, scope_id: str) -> None:
+        stacks = {who: mine for who, mine in self._stacks.get(scope_id, {}).items() if mine}
+        if stacks:
+            self._stacks[scope_id] = stacks
+        else:
+            self._stacks.pop(scope_id, None)
+
+    def _tell(self, scope_id: str, anew: bool = False) -> None:
+        """Tell the server what holds now, if that is not what it knows."""
+        tops = [mine[-1].expiration_time for mine in self._stacks.get(scope_id, {}).values()]
+        wanted = min(tops, default=RELEASE)
+        if self._told.get(scope_id, RELEASE) == wanted and not anew:
+            return
+        if self._waiting or not self._send(scope_id, wanted):
+            # A server that is slow must not hold up the worker. But a release has to get
+            # there: without it, a healthy worker would be killed.
+            if not self._waiting:
+                threading.Thread(target=self._send_waiting, name="hangwatch", daemon=True).start()
+            self._waiting.pop(scope_id, None)
+            self._waiting[scope_id] = wanted
+        if wanted == RELEASE:
+            self._told.pop(scope_id, None)
+        else:
+            self._told[scope_id] = wanted
+
+    def _send_waiting(self) -> None:
+        while True:
+            with self._lock:
+                try:
+                    while self._waiting:
+                        scope_id = next(iter(self._waiting))
+                        if not self._send(scope_id, self._waiting[scope_id]):
+                            break
+                        del self._waiting[scope_id]
+                except Exception:  # nobody is there any more who could act on it
+                    self._waiting.clear()
+                if not self._waiting:
+                    return
+            time.sleep(_TRY_AGAIN_AFTER)
+
+
+_all: weakref.WeakSet[Requested] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for requested in list(_all):
+        requested.forget()
+
+
+os.register_at_fork(after_in_child=_after_fork)

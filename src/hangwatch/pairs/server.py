@@ -1,0 +1,210 @@
+"""What the servers of the drop-in pairs have in common: a legacy road, and a watcher beside it.
+
+The legacy road is a thread of this process that takes requests from the pair's transport, as
+the contract describes. Clients of ours do not take it: they find the watcher beside it.
+"""
+
+from __future__ import annotations
+
+import abc
+import os
+import time
+from math import isfinite
+from time import monotonic
+
+from hangwatch.api import STOP_WITHIN, RequestQueue, TimerRequest, TimerServer
+from hangwatch.errors import LaunchError
+from hangwatch.pairs.complaints import Complaints
+from hangwatch.pairs.table import TimerTable
+from hangwatch.pairs.targets import Targets
+
+TYPE_CHECKING = False  # typing itself takes long to import
+if TYPE_CHECKING:
+    from typing import Any
+
+    from hangwatch.pairs.beside import WatcherBeside
+    from hangwatch.watch.events import Event
+
+# How long a round waits at most, so that a stop is not waited for.
+_LONGEST_WAIT = 0.25
+_RETRY_AFTER = 0.05
+_SHORTEST_WAIT = 0.001
+_MOST_BATCHES = 100
+
+
+class DropInServer(TimerServer):
+    """A server of a drop-in pair.
+
+    Args:
+        request_queue: the legacy road's requests.
+        max_interval: seconds that a round waits for a request at most.
+        daemon: whether the thread lets the process end while it runs.
+        report_dir: the watcher's report folder; None keeps no reports.
+        complaints: where to say what is wrong with what others send.
+    """
+
+    def __init__(
+        self,
+        request_queue: RequestQueue,
+        max_interval: float,
+        daemon: bool,
+        report_dir: str | os.PathLike[str] | None,
+        complaints: Complaints,
+    ) -> None:
+        if not isinstance(max_interval, int | float) or not 0 <= max_interval < float("inf"):
+            raise ValueError(
+                f"max_interval must be a number of seconds, 0 or more, not {max_interval!r}"
+            )
+        super().__init__(request_queue, max_interval, daemon)
+        self._report_dir = report_dir
+        self._table = TimerTable()
+        self._complaints = complaints
+        self._targets = Targets(self._spared, self._complaints)
+        self._beside: WatcherBeside | None = None
+        self._started_by = 0
+        self._joined = False
+        self._last_progress = time.time()
+
+    def __repr__(self) -> str:
+        if self._watchdog_thread is None:
+            return f"<{type(self).__name__}, not started>"
+        road = "legacy road alone" if self._beside is None else f"watcher {self._beside.pid}"
+        return f"<{type(self).__name__}, {road}, {len(self._timers)} legacy timers>"
+
+    @property
+    def _timers(self) -> dict[tuple[int, str], Any]:
+        """The timers of the legacy road; what stands in shared memory is not among them."""
+        return self._table.timers
+
+    @abc.abstractmethod
+    def _link(self) -> str | None:
+        """Return where clients look for a watcher beside this server, if anywhere."""
+
+    @abc.abstractmethod
+    def _keeps_its_own_way(self) -> bool:
+        """Tell whether somebody overrode what a watcher would go round."""
+
+    def _on_event(self, event: Event) -> None:
+        """Hear what the watcher tells; in a thread of its own."""
+        if event["event"] == "alive":
+            self._last_progress = event["at"]
+            self._joined |= event["joined"] > 0
+
+    def start(self) -> None:
+        """Start watching; returns when workers can connect. A second start does nothing."""
+        if self._watchdog_thread is not None:
+            return
+        self._started_by = os.getpid()
+        link = self._link()
+        if link is not None and not self._keeps_its_own_way():
+            from hangwatch.pairs.beside import WatcherBeside
+
+            try:
+                self._beside = WatcherBeside(link, self._report_dir, self._on_event)
+            except LaunchError as error:
+                self._complaints.say(
+                    f"{error}; timers go through the legacy transport alone, without stacks"
+                )
+        super().start()
+
+    def stop(self) -> None:
+        """Stop watching, within a second.
+
+        What a watcher has begun by then, a report for example, it ends by itself. Without a
+        start, or in a forked child of the program that started it, does nothing.
+        """
+        if self._started_by != os.getpid():
+            return
+        until = monotonic() + STOP_WITHIN
+        beside, self._beside = self._beside, None
+        if beside is not None:
+            beside.tell_to_stop()
+        thread = self._watchdog_thread
+        self._stopping.set()
+        if beside is not None:
+            beside.stop(until - STOP_WITHIN / 3)
+        super().stop()
+        if thread is None or not thread.is_alive():
+            self._targets.close()
+
+    def register_timers(self, timer_requests: list[TimerRequest]) -> None:
+        """Take in requests; what is none is dropped alone, with a warning."""
+        for request in timer_requests:
+            problem = _problem_with(request)
+            if problem is not None:
+                self._complaints.say(f"dropped a request: {problem}")
+                continue
+            self._joined = True
+            if request.expiration_time >= 0 and not self._targets.note(request.worker_id):
+                self._table.clear([request.worker_id])
+            self._table.put(request)
+
+    def clear_timers(self, worker_ids: set[int]) -> None:
+        """Forget all timers of these workers, and of those that have ended."""
+        gone = {pid for pid in self._table.pids() if self._is_gone(pid)} | worker_ids
+        self._table.clear(gone)
+        for pid in gone | {pid for pid in self._targets.pids() if self._targets.is_gone(pid)}:
+            self._targets.forget(pid)
+
+    def get_expired_timers(self, deadline: float) -> dict[int, list[Any]]:
+        """Return the timers that are due by `deadline` (epoch seconds), by process id."""
+        return self._table.expired(deadline)
+
+    def _is_gone(self, pid: int) -> bool:
+        return self._targets.is_gone(pid)
+
+    def _run_watchdog(self, *unused: object) -> None:
+        # Before a verdict: the dead have nothing that could be overdue.
+        self.clear_timers(set())
+        super()._run_watchdog()
+        if self._beside is None:
+            self._last_progress = time.time()
+
+    def _take_requests(self) -> list[TimerRequest]:
+        queue = self._request_queue
+        requests = queue.get(max(1, queue.size()), self._longest_wait())
+        # A verdict before all that has come by now is known would be one on stale data.
+        try:
+            for _ in range(_MOST_BATCHES):
+                waiting = queue.size()
+                if not waiting:
+                    break
+                requests += queue.get(waiting, 0)
+        except Exception:
+            # It would raise in the next round as well; what we have shall not be lost.
+            if not requests:
+                raise
+        return requests
+
+    def _longest_wait(self) -> float:
+        wait = min(self._max_interval, _LONGEST_WAIT)
+        due = self._table.next_due()
+        if due is not None:
+            wait = min(wait, due - monotonic())
+        if self._table.has_overdue():
+            wait = min(wait, _RETRY_AFTER)
+        return max(wait, _SHORTEST_WAIT)
+
+    def _spared(self) -> set[int]:
+        beside = self._beside
+        return set() if beside is None else {beside.pid}
+
+
+def _problem_with(request: Any) -> str | None:
+    """Say why a request, from wherever, is none; None if it is one."""
+    try:
+        pid, scope_id = request.worker_id, request.scope_id
+        expiration_time = request.expiration_time
+    except AttributeError:
+        return f"{type(request).__name__} is no TimerRequest"
+    if not isinstance(pid, int) or isinstance(pid, bool):
+        return f"its worker is not a process id: {pid!r:.40}"
+    if not isinstance(scope_id, str):
+        return f"its scope is no string: {scope_id!r:.40}"
+    if (
+        not isinstance(expiration_time, int | float)
+        or isinstance(expiration_time, bool)
+        or not isfinite(expiration_time)
+    ):
+        return f"its expiration time is no finite number: {expiration_time!r:.40}"
+    return None

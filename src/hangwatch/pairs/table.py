@@ -1,0 +1,96 @@
+"""The timers of the legacy road; what a look costs follows what is due, not what is armed."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Iterable
+from time import monotonic
+
+from hangwatch.api import TimerRequest
+
+TYPE_CHECKING = False  # typing itself takes long to import
+if TYPE_CHECKING:
+    from typing import Any
+
+Key = tuple[int, str]
+
+
+class TimerTable:
+    """Timers by process and scope.
+
+    A request speaks of the wall clock. It is read once, when the request comes, and from
+    then on the monotonic clock counts: a step of the wall clock moves no deadline.
+
+    Attributes:
+        timers: every timer that is armed, by process id and scope.
+    """
+
+    def __init__(self) -> None:
+        self.timers: dict[Key, Any] = {}
+        self._scopes: dict[int, set[str]] = {}
+        self._heap: list[tuple[float, int, Key, TimerRequest]] = []
+        self._overdue: dict[Key, TimerRequest] = {}
+        self._order = 0
+
+    def put(self, request: Any) -> None:
+        """Arm a timer, in the place of an older one of its name, or disarm it."""
+        pid, scope_id, expiration_time = (
+            request.worker_id,
+            request.scope_id,
+            request.expiration_time,
+        )
+        key = pid, scope_id
+        self._remove(key)
+        if expiration_time < 0:
+            return
+        self.timers[key] = request
+        self._scopes.setdefault(pid, set()).add(scope_id)
+        if len(self._heap) > 64 + 4 * len(self.timers):
+            self._heap = [entry for entry in self._heap if self.timers.get(entry[2]) is entry[3]]
+            heapq.heapify(self._heap)
+        self._order += 1
+        due = monotonic() + expiration_time - time.time()
+        heapq.heappush(self._heap, (due, self._order, key, request))
+
+    def clear(self, pids: Iterable[int]) -> None:
+        """Forget all timers of these processes."""
+        for pid in list(pids):
+            for scope_id in self._scopes.get(pid, set()).copy():
+                self._remove((pid, scope_id))
+
+    def expired(self, deadline: float) -> dict[int, list[Any]]:
+        """Return the timers due by `deadline` (epoch seconds), the earliest first, by process."""
+        by = monotonic() + deadline - time.time()
+        while self._heap and self._heap[0][0] <= by:
+            _, _, key, request = heapq.heappop(self._heap)
+            if self.timers.get(key) is request:
+                self._overdue[key] = request
+        found: dict[int, list[Any]] = {}
+        for (pid, _), request in self._overdue.items():
+            if request.expiration_time <= deadline:
+                found.setdefault(pid, []).append(request)
+        return found
+
+    def next_due(self) -> float | None:
+        """Return when the next timer that is not overdue yet is due (CLOCK_MONOTONIC)."""
+        while self._heap and self.timers.get(self._heap[0][2]) is not self._heap[0][3]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+    def has_overdue(self) -> bool:
+        """Tell whether a timer is overdue whose worker was not reaped."""
+        return bool(self._overdue)
+
+    def pids(self) -> list[int]:
+        """Return the processes that have timers."""
+        return list(self._scopes)
+
+    def _remove(self, key: Key) -> None:
+        if self.timers.pop(key, None) is None:
+            return
+        self._overdue.pop(key, None)
+        pid, scope_id = key
+        self._scopes[pid].discard(scope_id)
+        if not self._scopes[pid]:
+            del self._scopes[pid]

@@ -1,0 +1,19 @@
+"""What all clients of ours have in common."""
+
+from __future__ import annotations
+
+from hangwatch.api import TimerClient
+from hangwatch.worker.expiration import forget_slots
+
+
+class BuiltInClient(TimerClient):
+    """A client whose blocks need no call of `acquire` and `release`, unless they were replaced."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if not name.startswith("_") or name == "_send_request":
+            forget_slots()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        forget_slots()
