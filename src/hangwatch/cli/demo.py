@@ -14,7 +14,7 @@ from rich.table import Table
 
 from hangwatch.cli import demo_worker
 from hangwatch.errors import HangwatchError
-from hangwatch.shared_memory_timer import REPORT_DIR, SharedMemoryTimerServer
+from hangwatch.folder import REPORT_DIR, SharedMemoryTimerServer
 
 WORKERS = 4
 HANGING_RANK = 2
