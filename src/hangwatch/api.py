@@ -135,6 +135,7 @@ class TimerServer(abc.ABC):
         self._daemon = daemon
         self._watchdog_thread: threading.Thread | None = None
         self._stopping = threading.Event()
+        self._not_reaped: set[Any] = set()
 
     @abc.abstractmethod
     def register_timers(self, timer_requests: list[TimerRequest]) -> None:
@@ -197,13 +198,19 @@ class TimerServer(abc.ABC):
         """Go one round."""
         self.register_timers(self._take_requests())
         reaped = set()
-        for worker_id, expired in self.get_expired_timers(time.time()).items():
-            scopes = self._get_scopes(expired)
-            _log().warning("worker %s overran %s: reaping it", worker_id, scopes)
+        all_expired = self.get_expired_timers(time.time())
+        self._not_reaped &= all_expired.keys()
+        for worker_id, expired in all_expired.items():
+            again = worker_id in self._not_reaped
+            if not again:
+                scopes = self._get_scopes(expired)
+                _log().warning("worker %s overran %s: reaping it", worker_id, scopes)
             if self._reap_expired(worker_id, expired):
                 reaped.add(worker_id)
-            else:
-                _log().warning("worker %s is not reaped yet; the next round tries again", worker_id)
+            elif not again:
+                _log().warning("worker %s is not reaped yet: tried again each round", worker_id)
+                self._not_reaped.add(worker_id)
+        self._not_reaped -= reaped
         self.clear_timers(reaped)
 
     def _take_requests(self) -> list[TimerRequest]:

@@ -85,9 +85,16 @@ class WatcherProcess:
     def tell_to_stop(self) -> None:
         """Ask the watcher to end, and don't wait for it."""
         if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            # A watcher that somebody stopped can't see the signal; SIGCONT harms no other.
-            self._process.send_signal(signal.SIGCONT)
+            # Not waited for yet, so the number is still its own.
+            pidfd = os.pidfd_open(self._process.pid)
+            try:
+                signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+                # A watcher that somebody stopped can't see the signal; SIGCONT harms no other.
+                signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+            except ProcessLookupError:
+                pass
+            finally:
+                os.close(pidfd)
 
     def stop(self, within: float | None = None) -> None:
         """End the watcher; returns when every report is complete.

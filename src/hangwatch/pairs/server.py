@@ -148,7 +148,14 @@ class DropInServer(TimerServer):
 
     def get_expired_timers(self, deadline: float) -> dict[int, list[Any]]:
         """Return the timers that are due by `deadline` (epoch seconds), by process id."""
-        return self._table.expired(deadline)
+        expired = self._table.expired(deadline)
+        refused = {pid for pid in expired if self._targets.is_refused(pid)}
+        self._table.clear(refused)
+        for pid in refused:
+            self._targets.forget(pid)
+            del expired[pid]
+        self._targets.forget_signals_but(expired.keys())
+        return expired
 
     def _is_gone(self, pid: int) -> bool:
         return self._targets.is_gone(pid)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from time import monotonic
 
 from hangwatch.pairs.complaints import Complaints
@@ -60,6 +60,10 @@ class Targets:
         held = self._held.get(pid)
         return held is not None and held.is_dead()
 
+    def is_refused(self, pid: int) -> bool:
+        """Tell whether a request named this number, and may not speak for it."""
+        return pid in self._refused
+
     def reap(self, pid: int, number: int) -> bool:
         """Signal a process; call again until it is true.
 
@@ -89,9 +93,10 @@ class Targets:
         if held is not None:
             os.close(held.pidfd)
 
-    def forget_signal(self, pid: int) -> None:
-        """Note that the worker got away: the next time begins with its own signal."""
-        self._signalled.pop(pid, None)
+    def forget_signals_but(self, overdue: Container[int]) -> None:
+        """Note that all others got away: what they overrun next begins with its own signal."""
+        for pid in [pid for pid in self._signalled if pid not in overdue]:
+            del self._signalled[pid]
 
     def pids(self) -> list[int]:
         """Return who is held."""

@@ -115,6 +115,9 @@ class WatcherSocket:
         """Return the descriptor's number."""
         return self._descriptor.number
 
+    def __del__(self) -> None:
+        self.close()
+
     def close(self) -> None:
         """Hang up, unless the number is somebody else's by now."""
         self._socket.detach()
