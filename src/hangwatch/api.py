@@ -196,7 +196,11 @@ class TimerServer(abc.ABC):
 
     def _run_watchdog(self) -> None:
         """Go one round."""
-        self.register_timers(self._take_requests())
+        queue = self._request_queue
+        self.register_timers(queue.get(max(1, queue.size()), self._max_interval))
+        self._reap_overdue()
+
+    def _reap_overdue(self) -> None:
         reaped = set()
         all_expired = self.get_expired_timers(time.time())
         self._not_reaped &= all_expired.keys()
@@ -212,9 +216,6 @@ class TimerServer(abc.ABC):
                 self._not_reaped.add(worker_id)
         self._not_reaped -= reaped
         self.clear_timers(reaped)
-
-    def _take_requests(self) -> list[TimerRequest]:
-        return self._request_queue.get(max(1, self._request_queue.size()), self._max_interval)
 
     def _reap_expired(self, worker_id: Any, expired: list[Any]) -> bool:
         return self._reap_worker_no_throw(worker_id)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # A message that its sender has counted, and its feeder thread has not written yet.
 _IN_FLIGHT_FOR = 0.005
-_MOST_AT_ONCE = 10_000
+_MOST_AT_ONCE = 100_000
 
 
 class LocalTimerClient(DropInClient):

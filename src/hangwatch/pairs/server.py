@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 _LONGEST_WAIT = 0.25
 _RETRY_AFTER = 0.05
 _SHORTEST_WAIT = 0.001
-_MOST_BATCHES = 100
 
 
 class DropInServer(TimerServer):
@@ -163,34 +162,25 @@ class DropInServer(TimerServer):
     def _run_watchdog(self, *unused: object) -> None:
         # Before a verdict: the dead have nothing that could be overdue.
         self.clear_timers(set())
-        super()._run_watchdog()
+        queue = self._request_queue
+        longest = _RETRY_AFTER if self._table.has_overdue() else _LONGEST_WAIT
+        until = monotonic() + max(min(self._max_interval, longest), _SHORTEST_WAIT)
+        wait = 1.0
+        while wait > 0.0:
+            # In the end all that has come by then: who released in time is not overdue.
+            waiting = queue.size()
+            wait = self._longest_wait(until)
+            self.register_timers(queue.get(max(1, waiting), wait))
+        self._reap_overdue()
         if self._beside is None:
             self._last_progress = time.time()
 
-    def _take_requests(self) -> list[TimerRequest]:
-        queue = self._request_queue
-        requests = queue.get(max(1, queue.size()), self._longest_wait())
-        # A verdict before all that has come by now is known would be one on stale data.
-        try:
-            for _ in range(_MOST_BATCHES):
-                waiting = queue.size()
-                if not waiting:
-                    break
-                requests += queue.get(waiting, 0)
-        except Exception:
-            # It would raise in the next round as well; what we have shall not be lost.
-            if not requests:
-                raise
-        return requests
-
-    def _longest_wait(self) -> float:
-        wait = min(self._max_interval, _LONGEST_WAIT)
+    def _longest_wait(self, until: float) -> float:
+        """Return for how many seconds a request may be waited for: until something is due."""
         due = self._table.next_due()
         if due is not None:
-            wait = min(wait, due - monotonic())
-        if self._table.has_overdue():
-            wait = min(wait, _RETRY_AFTER)
-        return max(wait, _SHORTEST_WAIT)
+            until = min(until, due)
+        return 0.0 if self._stopping.is_set() else max(until - monotonic(), 0.0)
 
     def _spared(self) -> set[int]:
         beside = self._beside

@@ -85,6 +85,13 @@ def connect(
     return WatcherSocket(connection)
 
 
+class _Socket(socket.socket):
+    """A socket whose number its `OwnDescriptor` closes, if it still is ours."""
+
+    def __del__(self) -> None:
+        self.detach()
+
+
 class WatcherSocket:
     """The connection to the watcher, once we are welcome."""
 
@@ -115,9 +122,6 @@ class WatcherSocket:
         """Return the descriptor's number."""
         return self._descriptor.number
 
-    def __del__(self) -> None:
-        self.close()
-
     def close(self) -> None:
         """Hang up, unless the number is somebody else's by now."""
         self._socket.detach()
@@ -130,7 +134,7 @@ def _open(address: str, until: float) -> socket.socket:
             f"the watcher's address {address!r:.60} can't be a socket's path "
             f"(at most {_LONGEST_PATH} bytes, no NUL): choose a shorter one"
         )
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection = _Socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.setblocking(False)
     try:
         while True:
