@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import os
 import time
-from math import isfinite
+from math import inf, isfinite
 from time import monotonic
 
 from hangwatch.api import STOP_WITHIN, RequestQueue, TimerRequest, TimerServer
@@ -164,27 +164,34 @@ class DropInServer(TimerServer):
         self.clear_timers(set())
         queue = self._request_queue
         longest = _RETRY_AFTER if self._table.has_overdue() else _LONGEST_WAIT
-        until = monotonic() + max(min(self._max_interval, longest), _SHORTEST_WAIT)
-        wait = 1.0
-        while wait > 0.0:
-            # In the end all that has come by then: who released in time is not overdue.
-            waiting = queue.size()
-            wait = self._longest_wait(until)
-            self.register_timers(queue.get(max(1, waiting), wait))
+        wait = max(min(self._max_interval, longest), _SHORTEST_WAIT)
+        due = self._table.next_due()
+        until = min(monotonic() + wait, inf if due is None else due)
+        requests: list[TimerRequest] = []
+        try:
+            while wait > 0.0 and not self._stopping.is_set():
+                # In the end all that has come by then: who released in time is not overdue.
+                waiting = queue.size()
+                wait = max(until - monotonic(), 0.0)
+                new = queue.get(max(1, waiting), wait)
+                requests += new
+                until = min(until, _first_due(new))
+        finally:
+            self.register_timers(requests)
         self._reap_overdue()
         if self._beside is None:
             self._last_progress = time.time()
 
-    def _longest_wait(self, until: float) -> float:
-        """Return for how many seconds a request may be waited for: until something is due."""
-        due = self._table.next_due()
-        if due is not None:
-            until = min(until, due)
-        return 0.0 if self._stopping.is_set() else max(until - monotonic(), 0.0)
-
     def _spared(self) -> set[int]:
         beside = self._beside
         return set() if beside is None else {beside.pid}
+
+
+def _first_due(requests: list[TimerRequest]) -> float:
+    """Return when the first of these is due (CLOCK_MONOTONIC)."""
+    times = [one.expiration_time for one in requests if _problem_with(one) is None]
+    first = min((when for when in times if when >= 0), default=inf)
+    return monotonic() + first - time.time()
 
 
 def _problem_with(request: Any) -> str | None:
