@@ -237,7 +237,7 @@ class FileTimerServer(DropInServer):
         if thread is not None:
             self._stopping.set()
             thread.join(STOP_WITHIN)
-            self._run_watchdog()
+            self._go_round(0.0)
         self._end()
 
     @staticmethod

@@ -160,27 +160,35 @@ class DropInServer(TimerServer):
         return self._targets.is_gone(pid)
 
     def _run_watchdog(self, *unused: object) -> None:
+        longest = _RETRY_AFTER if self._table.has_overdue() else _LONGEST_WAIT
+        self._go_round(max(min(self._max_interval, longest), _SHORTEST_WAIT))
+
+    def _go_round(self, wait: float) -> None:
         # Before a verdict: the dead have nothing that could be overdue.
         self.clear_timers(set())
+        self._take_requests(wait)
+        self._reap_overdue()
+        if self._beside is None:
+            self._last_progress = time.time()
+
+    def _take_requests(self, wait: float) -> None:
+        """Take requests for `wait` seconds, or until something is due."""
         queue = self._request_queue
-        longest = _RETRY_AFTER if self._table.has_overdue() else _LONGEST_WAIT
-        wait = max(min(self._max_interval, longest), _SHORTEST_WAIT)
         due = self._table.next_due()
         until = min(monotonic() + wait, inf if due is None else due)
         requests: list[TimerRequest] = []
         try:
-            while wait > 0.0 and not self._stopping.is_set():
+            while True:
                 # In the end all that has come by then: who released in time is not overdue.
                 waiting = queue.size()
                 wait = max(until - monotonic(), 0.0)
                 new = queue.get(max(1, waiting), wait)
                 requests += new
                 until = min(until, _first_due(new))
+                if wait <= 0.0 or self._stopping.is_set():
+                    break
         finally:
             self.register_timers(requests)
-        self._reap_overdue()
-        if self._beside is None:
-            self._last_progress = time.time()
 
     def _spared(self) -> set[int]:
         beside = self._beside
