@@ -49,6 +49,14 @@ class LocalTimerClient(DropInClient):
         road = "through shared memory" if self._connected() else "through the queue"
         return f"<{type(self).__name__} {road}>"
 
+    def _forget_parent(self) -> None:
+        super()._forget_parent()
+        # What multiprocessing does in children of its own: without that, a lock that the
+        # parent's feeder thread held would be held for ever.
+        reset = getattr(self._mp_queue, "_after_fork", None)
+        if reset is not None:
+            reset()
+
     def _link(self) -> str | None:
         return _link_of_queue(self._mp_queue)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import os
 import time
+import weakref
 from collections.abc import Hashable
 from math import isfinite
 
@@ -37,6 +38,11 @@ class DropInClient(BuiltInClient):
         self._requested = Requested(self._send)
         self._acquired = Acquired()
         self._worker: WorkerClient | None = None
+        _clients.add(self)
+
+    def _forget_parent(self) -> None:
+        """In a forked child: what the parent holds or has asked for is nothing of ours."""
+        self._requested.forget()
 
     def __getstate__(self) -> dict[str, object]:
         return {name: at for name, at in vars(self).items() if name not in _OF_THIS_PROCESS}
@@ -113,3 +119,14 @@ class DropInClient(BuiltInClient):
             self._worker = worker = WorkerClient(link, on_lost=forget_slots)
         worker.try_to_connect()
         return worker if worker.is_connected else None
+
+
+_clients: weakref.WeakSet[DropInClient] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for client in list(_clients):
+        client._forget_parent()
+
+
+os.register_at_fork(after_in_child=_after_fork)

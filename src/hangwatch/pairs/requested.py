@@ -6,10 +6,8 @@ blocks of one scope in each other are a stack; the server is told of the earlies
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-import weakref
 from collections.abc import Callable
 
 from hangwatch.worker.acquired import Holder, holder
@@ -43,7 +41,6 @@ class Requested:
     def __init__(self, send: Callable[[str, float], bool]) -> None:
         self._send = send
         self.forget()
-        _all.add(self)
 
     def forget(self) -> None:
         """In a forked child: what the parent asked for is nothing of ours."""
@@ -140,14 +137,3 @@ class Requested:
                 if not self._waiting:
                     return
             time.sleep(_TRY_AGAIN_AFTER)
-
-
-_all: weakref.WeakSet[Requested] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for requested in list(_all):
-        requested.forget()
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -88,11 +88,13 @@ class WorkerClient:
                 self._warn_once("connect", str(problem))
         elif not watcher.ring():
             self._socket = None
-            self._try_at = monotonic() + _TRY_AGAIN_AFTER
-            self._warned.discard("connect")
-            self._warn_once("lost", "the watcher is gone")
             watcher.close()
             self._on_lost()
+            # Another one may have taken its place already.
+            self._try_at = 0.0
+            if self.try_to_connect() is not None:
+                self._warned.discard("connect")
+                self._warn_once("lost", "the watcher is gone")
 
     @property
     def is_connected(self) -> bool:

@@ -1,0 +1,481 @@
+"""The drop-in pairs, from outside: real servers, real workers, both roads."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import hangwatch
+from hangwatch.file_based_local_timer import FileTimerRequest
+from hangwatch.pairs import place
+from hangwatch.worker.client import WorkerClient
+from support.pairs import SPAWN, Pair, behave, client_at, hang, running
+from support.processes import is_alive
+from support.watchers import PATIENCE, wait_until
+
+KILLED = -signal.SIGKILL
+
+
+@pytest.fixture(params=["local", "file"])
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Pair:
+    return Pair(request.param, tmp_path)
+
+
+def exit_status(process: multiprocessing.process.BaseProcess) -> int | None:
+    process.join(PATIENCE)
+    return process.exitcode
+
+
+def take_the_legacy_road(pair: Pair) -> None:
+    """Start the server without a watcher beside it."""
+    pair.server._keeps_its_own_way = lambda: True  # type: ignore[method-assign]
+    pair.server.start()
+    assert pair.server._beside is None
+
+
+class TestTheNativeRoad:
+    def test_a_hung_worker_is_killed_and_explained(self, pair: Pair, tmp_path: Path) -> None:
+        with running(pair):
+            well = pair.worker(behave)
+            assert exit_status(pair.worker(hang)) == KILLED
+            assert exit_status(well) == 0
+        (report,) = (tmp_path / "reports").glob("*/report.txt")
+        assert "in hang" in report.read_text()
+
+    def test_nothing_goes_through_the_legacy_transport(self, pair: Pair) -> None:
+        with running(pair):
+            assert exit_status(pair.worker(behave)) == 0
+            assert not pair.server._joined or pair.server._timers == {}
+            assert pair.server._request_queue.size() == 0
+
+    @pytest.mark.parametrize("method", ["fork", "forkserver"])
+    def test_workers_of_every_start_method_find_it(self, tmp_path: Path, method: str) -> None:
+        context = multiprocessing.get_context(method)
+        queue = context.Queue()
+        server = hangwatch.LocalTimerServer(queue, report_dir=None)
+        server.start()
+        try:
+            worker = context.Process(target=_hang_natively, args=(queue,))  # type: ignore[attr-defined]
+            worker.start()
+            assert exit_status(worker) == KILLED
+        finally:
+            server.stop()
+
+    def test_a_server_that_is_restarted_is_found_again(self, pair: Pair) -> None:
+        with running(pair):
+            client = pair.client()
+            with hangwatch.expires(30, "one", client):
+                pass
+            pair.server.stop()
+            pair.server.start()
+            for _ in range(2):
+                with hangwatch.expires(30, "two", client):
+                    pass
+            assert client._worker is not None
+            assert client._worker.is_connected
+
+    def test_a_worker_survives_a_server_that_stops_in_the_middle_of_a_block(
+        self, pair: Pair
+    ) -> None:
+        pair.server.start()
+        ready, go = SPAWN.Event(), SPAWN.Event()
+        worker = pair.worker(_wait_in_a_block, ready, go)
+        assert ready.wait(PATIENCE)
+        pair.server.stop()
+        go.set()
+        assert exit_status(worker) == 0
+
+    def test_the_link_is_gone_after_stop_and_after_a_crash_swept(
+        self, pair: Pair, tmp_path: Path
+    ) -> None:
+        pair.server.start()
+        link = pair.server._link()
+        assert link is not None
+        assert os.path.exists(link)
+        pair.server.stop()
+        assert not os.path.lexists(link)
+        os.symlink(str(tmp_path / "nobody"), link)
+        place.sweep()
+        assert not os.path.lexists(link)
+
+    def test_a_server_in_a_forked_child_is_not_the_child_s_to_stop(self, pair: Pair) -> None:
+        with running(pair):
+            pid = os.fork()
+            if pid == 0:
+                pair.server.stop()
+                os._exit(0)
+            os.waitpid(pid, 0)
+            assert exit_status(pair.worker(hang)) == KILLED
+
+
+def _hang_natively(queue: object) -> None:
+    client = client_at(queue)
+    with hangwatch.expires(0.3, "hang", client):
+        worker: WorkerClient | None = client._worker
+        if worker is None or not worker.is_connected:
+            os._exit(7)
+        time.sleep(30)
+
+
+def _wait_in_a_block(ready: threading.Event, go: threading.Event) -> None:
+    with hangwatch.expires(60, "outer"), hangwatch.expires(60, "inner"):
+        ready.set()
+        go.wait()
+
+
+class TestTheLegacyRoad:
+    def test_a_hung_worker_is_killed(self, pair: Pair) -> None:
+        take_the_legacy_road(pair)
+        try:
+            well = pair.worker(behave)
+            assert exit_status(pair.worker(hang)) == KILLED
+            assert exit_status(well) == 0
+        finally:
+            pair.server.stop()
+
+    def test_an_overridden_reap_worker_is_called(self, tmp_path: Path) -> None:
+        reaped = []
+
+        class Server(hangwatch.LocalTimerServer):
+            def _reap_worker(self, worker_id: int) -> bool:
+                reaped.append(worker_id)
+                return super()._reap_worker(worker_id)
+
+        queue = SPAWN.Queue()
+        server = Server(queue, 0.05, report_dir=None)
+        server.start()
+        try:
+            worker = SPAWN.Process(target=_hang_on, args=(queue,))
+            worker.start()
+            assert exit_status(worker) == KILLED
+            assert reaped[0] == worker.pid
+        finally:
+            server.stop()
+
+    def test_a_manager_s_queue_has_no_other_road(self) -> None:
+        with SPAWN.Manager() as manager:
+            queue = manager.Queue()
+            server = hangwatch.LocalTimerServer(queue, report_dir=None)
+            server.start()
+            try:
+                assert server._beside is None
+                worker = SPAWN.Process(target=_hang_on, args=(queue,))
+                worker.start()
+                assert exit_status(worker) == KILLED
+            finally:
+                server.stop()
+
+    def test_dead_workers_timers_are_forgotten(self, pair: Pair) -> None:
+        take_the_legacy_road(pair)
+        try:
+            worker = pair.worker(_acquire_and_end, pair.place)
+            assert exit_status(worker) == 0
+            wait_until(lambda: pair.server._timers == {}, "no timers")
+        finally:
+            pair.server.stop()
+
+    def test_two_threads_in_one_scope_have_a_timer_each(self, pair: Pair) -> None:
+        take_the_legacy_road(pair)
+        try:
+            assert exit_status(pair.worker(_hang_in_one_of_two_threads)) == KILLED
+        finally:
+            pair.server.stop()
+
+    def test_sigterm_ignored_is_followed_by_sigkill(self, tmp_path: Path) -> None:
+        pair = Pair("file", tmp_path, max_interval=0.05)
+        take_the_legacy_road(pair)
+        try:
+            assert exit_status(pair.worker(_ignore_sigterm, pair.place)) == KILLED
+        finally:
+            pair.server.stop()
+
+
+def _hang_on(queue: object) -> None:
+    hangwatch.configure(client_at(queue))
+    hang()
+
+
+def _acquire_and_end(where: object) -> None:
+    client_at(where).acquire("left", time.time() + 60)
+    time.sleep(0.5)
+
+
+def _hang_in_one_of_two_threads() -> None:
+    entered = threading.Event()
+
+    def other() -> None:
+        with hangwatch.expires(1.0, "shared"):
+            entered.set()
+            time.sleep(30)
+
+    threading.Thread(target=other, daemon=True).start()
+    entered.wait()
+    with hangwatch.expires(60, "shared"):
+        pass
+    time.sleep(20)
+
+
+def _ignore_sigterm(path: str) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    hangwatch.configure(hangwatch.FileTimerClient(path, signal=signal.SIGTERM))
+    hang()
+
+
+@pytest.fixture(params=["native", "legacy"])
+def road(request: pytest.FixtureRequest, pair: Pair) -> Iterator[str]:
+    if request.param == "legacy":
+        take_the_legacy_road(pair)
+    else:
+        pair.server.start()
+    yield str(request.param)
+    pair.server.stop()
+
+
+class TestBothRoads:
+    def test_an_inner_block_of_the_same_scope_replaces_the_outer(
+        self, pair: Pair, road: str
+    ) -> None:
+        said = SPAWN.Event()
+        worker = pair.worker(_recurse, said)
+        assert exit_status(worker) == KILLED
+        assert said.is_set()  # it was not killed before the last block
+
+    def test_a_call_replaces_and_a_release_ends_it(self, pair: Pair, road: str) -> None:
+        assert exit_status(pair.worker(_call_by_hand, pair.place)) == 0
+
+    def test_calls_stand_alone(self, pair: Pair, road: str) -> None:
+        # Neither the end of a block around, nor that of an older timer, ends a later one.
+        assert exit_status(pair.worker(_leave_the_second_armed, pair.place)) == KILLED
+
+    def test_a_forked_child_has_timers_of_its_own(self, pair: Pair, road: str) -> None:
+        assert exit_status(pair.worker(_fork_in_a_block)) == 0
+
+    def test_replaced_methods_are_called_once_a_block(self, pair: Pair, road: str) -> None:
+        client = pair.client()
+        calls: list[tuple[str, str]] = []
+        acquire, release = client.acquire, client.release
+
+        def count_acquire(scope_id: str, expiration_time: float) -> None:
+            calls.append(("acquire", scope_id))
+            acquire(scope_id, expiration_time)
+
+        def count_release(scope_id: str) -> None:
+            calls.append(("release", scope_id))
+            release(scope_id)
+
+        with hangwatch.expires(30, "before", client):
+            pass
+        client.acquire, client.release = count_acquire, count_release  # type: ignore[method-assign]
+        for _ in range(2):
+            with hangwatch.expires(30, "test", client):
+                pass
+        assert calls == [("acquire", "test"), ("release", "test")] * 2
+
+
+def _recurse(said: threading.Event) -> None:
+    def nested(depth: int) -> None:
+        with hangwatch.expires(after=1.5, scope="recursive"):
+            if depth:
+                nested(depth - 1)
+            time.sleep(0.8)
+
+    nested(3)
+    with hangwatch.expires(after=0.6, scope="outer"):
+        with hangwatch.expires(after=30, scope="outer"):
+            time.sleep(1.0)
+        time.sleep(0.1)
+        said.set()
+        time.sleep(30)
+
+
+def _call_by_hand(where: object) -> None:
+    client = client_at(where)
+    for _ in range(10):  # a heartbeat
+        client.acquire("beat", time.time() + 2.0)
+        time.sleep(0.3)
+    # Another thread may release it.
+    thread = threading.Thread(target=client.release, args=("beat",))
+    thread.start()
+    thread.join()
+    client.release("beat")  # nothing is left to release: no harm
+    time.sleep(2.5)
+
+
+def _leave_the_second_armed(where: object) -> None:
+    client = client_at(where)
+    with hangwatch.expires(30, "around"):
+        client.acquire("first", time.time() + 30)
+        client.acquire("second", time.time() + 1.0)
+    client.release("first")
+    time.sleep(30)
+
+
+def _fork_in_a_block() -> None:
+    with hangwatch.expires(2, "parent's"):
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(3)  # longer than the parent's block may take
+            with hangwatch.expires(30, "child's"):
+                pass
+            os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    os._exit(0 if status == 0 else 1)
+
+
+class TestLifecycle:
+    def test_every_order_of_start_and_stop(self, pair: Pair) -> None:
+        server = pair.server
+        threads = threading.active_count()
+        files = len(os.listdir("/proc/self/fd"))
+        server.stop()
+        for _ in range(3):
+            server.start()
+            server.start()
+            began = time.monotonic()
+            server.stop()
+            server.stop()
+            assert time.monotonic() - began < 5  # a second, were it not for a busy machine
+        assert threading.active_count() == threads
+        assert len(os.listdir("/proc/self/fd")) <= files
+        server.start()
+        try:
+            assert exit_status(pair.worker(hang)) == KILLED
+        finally:
+            server.stop()
+
+    def test_stop_does_not_wait_for_an_incident(self, pair: Pair) -> None:
+        pair.server.start()
+        worker = pair.worker(hang)
+        wait_until(lambda: pair.server._joined, "a worker")
+        time.sleep(0.31)  # in the middle of the evidence, or about
+        began = time.monotonic()
+        pair.server.stop()
+        assert time.monotonic() - began < 5
+        worker.kill()
+        worker.join()
+
+    def test_stop_ends_a_stopped_watcher(self, pair: Pair) -> None:
+        pair.server.start()
+        assert pair.server._beside is not None
+        keeper = pair.server._beside.pid
+        os.kill(keeper, signal.SIGSTOP)
+        pair.server.stop()
+        wait_until(lambda: not is_alive(keeper), "the keeper's end")
+
+    def test_no_zombie_is_left(self, pair: Pair) -> None:
+        pair.server.start()
+        assert pair.server._beside is not None
+        keeper = pair.server._beside.pid
+        pair.server.stop()
+        wait_until(lambda: not os.path.exists(f"/proc/{keeper}"), "the keeper's end")
+
+
+class TestEvents:
+    def test_log_event_hears_it_all_in_this_process(self, tmp_path: Path) -> None:
+        heard: list[tuple[str, FileTimerRequest | None]] = []
+        pair = Pair("file", tmp_path, log_event=lambda name, request: heard.append((name, request)))
+        before = time.time()
+        with running(pair):
+            worker = pair.worker(hang)
+            assert exit_status(worker) == KILLED
+            wait_until(lambda: len(heard) == 3, "three events")
+        names = ["watchdog started", "timer expired", "kill worker process", "watchdog stopped"]
+        assert [name for name, _ in heard] == names
+        expired, killed = heard[1][1], heard[2][1]
+        assert expired is not None
+        assert expired == killed
+        assert (expired.worker_pid, expired.scope_id) == (worker.pid, "hang")
+        assert expired.signal == signal.SIGKILL
+        assert before < expired.expiration_time < time.time()
+
+    def test_a_log_event_that_raises_does_no_harm(self, tmp_path: Path) -> None:
+        def fail(name: str, request: FileTimerRequest | None) -> None:
+            raise ValueError(name)
+
+        with running(Pair("file", tmp_path, log_event=fail)) as pair:
+            assert exit_status(pair.worker(hang)) == KILLED
+
+    def test_last_progress_is_now_and_then_the_watcher_s(self, tmp_path: Path) -> None:
+        with running(Pair("file", tmp_path)) as pair:
+            server = pair.server
+            assert isinstance(server, hangwatch.FileTimerServer)
+            assert time.time() - server.get_last_progress_time() < 2
+            assert exit_status(pair.worker(behave)) == 0
+            wait_until(lambda: server._joined, "that a client was seen")
+            assert server._beside is not None
+            os.kill(server._beside.pid, signal.SIGSTOP)
+            watcher = _child_of(server._beside.pid)
+            os.kill(watcher, signal.SIGSTOP)
+            time.sleep(0.5)
+            stopped = server._last_progress
+            time.sleep(1.5)
+            assert server._last_progress == stopped
+            os.kill(watcher, signal.SIGCONT)
+
+
+def _child_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+
+class TestSignals:
+    @pytest.mark.parametrize("number", [0, -1])
+    def test_a_timer_of_no_signal_never_kills(self, tmp_path: Path, number: int) -> None:
+        heard: list[str] = []
+        pair = Pair("file", tmp_path, log_event=lambda name, request: heard.append(name))
+        with running(pair):
+            assert exit_status(pair.worker(_overrun_a_little, pair.place, number)) == 0
+            wait_until(lambda: "timer expired" in heard, "the event")
+        assert "kill worker process" not in heard
+
+    def test_the_client_s_signal_comes_first(self, tmp_path: Path) -> None:
+        with running(Pair("file", tmp_path)) as pair:
+            status = exit_status(pair.worker(_overrun_a_little, pair.place, signal.SIGTERM))
+            assert status == -signal.SIGTERM
+
+    def test_who_leaves_the_block_on_its_signal_lives(self, tmp_path: Path) -> None:
+        with running(Pair("file", tmp_path)) as pair:
+            assert exit_status(pair.worker(_catch_the_signal, pair.place)) == 0
+
+    def test_an_ignored_signal_is_followed_by_sigkill(self, tmp_path: Path) -> None:
+        with running(Pair("file", tmp_path)) as pair:
+            assert exit_status(pair.worker(_ignore_sigterm, pair.place)) == KILLED
+
+
+def _overrun_a_little(path: str, number: int) -> None:
+    with hangwatch.expires(0.3, "overrun", hangwatch.FileTimerClient(path, signal=number)):
+        time.sleep(2)
+
+
+def _catch_the_signal(path: str) -> None:
+    try:
+        with hangwatch.expires(0.3, "x", hangwatch.FileTimerClient(path, signal=signal.SIGINT)):
+            time.sleep(30)
+    except KeyboardInterrupt:
+        time.sleep(6)  # longer than SIGKILL would take
+        os._exit(0)
+
+
+@pytest.mark.parametrize("name", ["local", "file"])
+def test_clients_travel_to_workers(name: str, tmp_path: Path) -> None:
+    with running(Pair(name, tmp_path)) as pair:
+        client = pair.client()
+        with hangwatch.expires(30, "here", client):
+            pass
+        if name == "file":
+            pickle.loads(pickle.dumps(client))
+        worker = SPAWN.Process(target=_hang_with, args=(client,))
+        worker.start()
+        assert exit_status(worker) == KILLED
+
+
+def _hang_with(client: hangwatch.TimerClient) -> None:
+    with hangwatch.expires(0.3, "there", client):
+        time.sleep(30)

@@ -1,0 +1,104 @@
+"""The drop-in pairs, each with one way to start a worker."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import hangwatch
+
+SPAWN = multiprocessing.get_context("spawn")
+Server = hangwatch.LocalTimerServer | hangwatch.FileTimerServer
+
+
+class Pair:
+    """A drop-in pair: its server, not started, and what its clients are made of.
+
+    Attributes:
+        name: ``local`` or ``file``.
+        place: the queue, or the FIFO's path.
+        server: the server.
+    """
+
+    def __init__(self, name: str, folder: Path, **options: Any) -> None:
+        self.name = name
+        options.setdefault("report_dir", folder / "reports")
+        self.place: Any = SPAWN.Queue() if name == "local" else str(folder / "fifo")
+        self.options = options
+        self.server = self.make_server()
+
+    def make_server(self) -> Server:
+        """Make another server at the same place."""
+        if self.name == "local":
+            return hangwatch.LocalTimerServer(self.place, **self.options)
+        return hangwatch.FileTimerServer(self.place, **self.options)
+
+    def client(self) -> hangwatch.LocalTimerClient | hangwatch.FileTimerClient:
+        """Make a client."""
+        return client_at(self.place)
+
+    def worker(self, body: Callable[..., None], *arguments: Any) -> SpawnProcess:
+        """Start a worker that is configured with a client and calls ``body(*arguments)``."""
+        process = SPAWN.Process(target=_work, args=(self.place, body, arguments))
+        process.start()
+        return process
+
+
+@contextmanager
+def running(pair: Pair) -> Iterator[Pair]:
+    """Start a pair's server, and stop it in the end."""
+    pair.server.start()
+    try:
+        yield pair
+    finally:
+        pair.server.stop()
+
+
+def client_at(place: Any) -> hangwatch.LocalTimerClient | hangwatch.FileTimerClient:
+    """Make the client of a queue, or of a FIFO's path."""
+    if isinstance(place, str):
+        return hangwatch.FileTimerClient(place)
+    return hangwatch.LocalTimerClient(place)
+
+
+def _work(place: Any, body: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    hangwatch.configure(client_at(place))
+    body(*arguments)
+
+
+def hang(after: float = 0.3, scope: str = "hang") -> None:
+    """Overrun a block by far."""
+    with hangwatch.expires(after=after, scope=scope):
+        time.sleep(30)
+
+
+def behave(seconds: float = 0.5) -> None:
+    """Enter and leave blocks for a while, none of which overruns."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        with hangwatch.expires(after=30, scope="well"):
+            time.sleep(0.001)
+
+
+def recurse() -> None:
+    """Nest blocks of one scope whose time together exceeds the limit of each; then hang."""
+
+    def nested(depth: int) -> None:
+        with hangwatch.expires(after=1.0, scope="recursive"):
+            if depth:
+                nested(depth - 1)
+            time.sleep(0.6)
+
+    nested(3)
+    with hangwatch.expires(after=0.5, scope="outer"):
+        with hangwatch.expires(after=20, scope="outer"):
+            time.sleep(0.7)
+        print("inner ended", flush=True)
+        os.write(1, b"")
+        time.sleep(30)
