@@ -1,4 +1,8 @@
-"""`make zoo N=20`: every program of the zoo N times, and how late its verdicts were."""
+"""`make zoo N=20`: every program of the zoo N times, and how late its verdicts were.
+
+Then those that hang themselves once more as workers of the drop-in pairs, whose servers have
+their default ``max_interval``.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,9 @@ from rich.progress import track
 from rich.table import Table
 
 import hangwatch
+from support.pairs import Pair, running
 from support.watchers import RunningWatcher
-from zoo.zoo import ANIMALS, meet
+from zoo.zoo import ANIMALS, KILLED, meet, meet_in_pair
 
 
 def main(rounds: int) -> None:
@@ -34,6 +39,7 @@ def main(rounds: int) -> None:
                     server.stop()
                 late[animal.name].append(report["scope"]["late_s"])
                 death[animal.name].append(report["actions"][-1]["at_s"])
+    pairs = {name: _in_pair(name, rounds) for name in ("local", "file")}
     table = Table("program", "late, median", "late, worst", "to death, median")
     for name, times in late.items():
         table.add_row(name, *_ms(times), f"{statistics.median(death[name]) * 1000:.0f} ms")
@@ -45,6 +51,25 @@ def main(rounds: int) -> None:
         f"{_ms(times)[1]} at worst; dead, with stacks, "
         f"{statistics.median(deaths) * 1000:.0f} ms after the verdict in the median"
     )
+    table = Table("pair", "max_interval", "reaped", "late, median", "late, worst")
+    table.add_row("shared memory", "-", str(len(times)), *_ms(times))
+    for name, (interval, times) in pairs.items():
+        table.add_row(name, f"{interval:g} s", str(len(times)), *_ms(times))
+    console.print(table)
+
+
+def _in_pair(name: str, rounds: int) -> tuple[float, list[float]]:
+    """Return a pair's default interval, and how late its verdicts were."""
+    late = []
+    interval = 0.0
+    animals = [animal for animal in ANIMALS if animal.status == KILLED]
+    for animal in track(animals * rounds, name, console=Console(stderr=True)):
+        with tempfile.TemporaryDirectory(prefix="hw-zoo-") as folder:
+            with running(Pair(name, Path(folder))) as pair:
+                interval = pair.server._max_interval
+                report = meet_in_pair(animal, pair, Path(folder) / "reports")
+            late.append(report["scope"]["late_s"])
+    return interval, late
 
 
 def _ms(times: list[float]) -> tuple[str, str]:

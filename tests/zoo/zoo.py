@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import runpy
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support.watchers import PATIENCE, RunningWatcher
+from support.pairs import Pair
+from support.watchers import PATIENCE, RunningWatcher, wait_until
 
 PROGRAMS = Path(__file__).parent / "programs"
 KILLED = -9
@@ -72,6 +75,37 @@ def meet(animal: Animal, watcher: RunningWatcher) -> dict[str, Any]:
     report = watcher.report(name=animal.scope, labels={"run_id": label})
     check(animal, report)
     return report
+
+
+def meet_in_pair(animal: Animal, pair: Pair, reports: Path) -> dict[str, Any]:
+    """Run a program as a worker of a drop-in pair until its hang was ended.
+
+    Args:
+        animal: one that is killed itself.
+        pair: its server runs.
+        reports: the server's report folder, empty.
+
+    Returns:
+        The report, checked.
+    """
+    worker = pair.worker(_run, str(PROGRAMS / f"{animal.name}.py"))
+    worker.join(PATIENCE)
+    assert worker.exitcode == KILLED, f"{animal.name} ended with {worker.exitcode}"
+    found: list[Path] = []
+
+    def look() -> bool:
+        found[:] = reports.glob("[!.]*/report.json")
+        return bool(found)
+
+    wait_until(look, "a report")
+    report: dict[str, Any] = json.loads(found[0].read_text())
+    assert report["worker"]["pid"] == worker.pid
+    check(animal, report)
+    return report
+
+
+def _run(program: str) -> None:
+    runpy.run_path(program, run_name="__main__")
 
 
 def check(animal: Animal, report: dict[str, Any]) -> None:
