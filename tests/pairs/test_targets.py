@@ -1,0 +1,159 @@
+"""Requests of the legacy road can't be weapons: whomever they name, who is killed is a worker."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hangwatch.pairs.targets import RefusedError, hold_descendant
+from support.namespaces import run_alone
+
+SERVER = r"""
+import json, multiprocessing, os, subprocess, sys, time
+import hangwatch
+from hangwatch.api import TimerRequest
+
+name, folder = sys.argv[1:]
+sleeper = ["sleep", "60"]
+worker = subprocess.Popen(sleeper)
+stranger = None
+if os.geteuid() == 0:
+    stranger = subprocess.Popen(sleeper, user=65534).pid
+if name == "file":
+    server = hangwatch.FileTimerServer(f"{folder}/fifo", max_interval=0.05, report_dir=None)
+else:
+    queue = multiprocessing.Queue()
+    server = hangwatch.LocalTimerServer(queue, max_interval=0.05, report_dir=None)
+server.start()
+keeper = server._beside.pid
+watcher = int(open(f"/proc/{keeper}/task/{keeper}/children").read().split()[0])
+print(json.dumps({"worker": worker.pid, "keeper": keeper, "watcher": watcher,
+                  "other user's": stranger}), flush=True)
+for line in sys.stdin:
+    if name == "file":
+        hangwatch.FileTimerClient(f"{folder}/fifo")._send_request(
+            hangwatch.FileTimerRequest(int(line), "forged", time.time() - 1, 9))
+    else:
+        queue.put(TimerRequest(int(line), "forged", time.time() - 1))
+    if int(line) == worker.pid:
+        worker.wait(20)
+        print(worker.returncode, flush=True)
+server.stop()
+print("server alive", flush=True)
+"""
+
+FORGER = r"""
+import json, os, subprocess, sys, time
+from support.processes import is_alive
+
+name, server_code, folder = sys.argv[1:]
+sibling = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+server = subprocess.Popen([sys.executable, "-c", server_code, name, folder],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+pids = json.loads(server.stdout.readline())
+worker = pids.pop("worker")
+ended = subprocess.Popen(["true"]); ended.wait()
+innocent = {"server": server.pid, "sibling": sibling.pid, **{k: v for k, v in pids.items() if v}}
+numbers = [1, 0, -1, -os.getpgid(0), -sibling.pid, ended.pid, 2**22, 2**31 - 1, -2**31 + 1,
+           *innocent.values()]
+for number in numbers:
+    server.stdin.write(f"{number}\n")
+server.stdin.write(f"{worker}\n")  # the last one is a true worker: by then all were judged
+server.stdin.flush()
+assert server.stdout.readline().strip() == "-9", "the true worker was not killed"
+time.sleep(0.5)
+for what, pid in innocent.items():
+    assert is_alive(pid), f"{what} was hurt"
+server.stdin.close()
+assert server.stdout.readline().strip() == "server alive"
+assert server.wait(20) == 0
+print("held")
+"""
+
+
+@pytest.mark.parametrize("name", ["local", "file"])
+def test_forged_requests_hurt_nobody(name: str, tmp_path: Path) -> None:
+    assert "held" in run_alone(FORGER, name, SERVER, str(tmp_path))
+
+
+REUSED = r"""
+import os, sys, time
+import hangwatch
+from hangwatch.api import TimerRequest
+from support.processes import is_alive
+
+def child_with(pid):
+    # proc_sys_kernel: the next process of this namespace gets the number after it.
+    with open("/proc/sys/kernel/ns_last_pid", "w") as last:
+        last.write(str(pid - 1))
+    made = os.fork()
+    if made == 0:
+        time.sleep(60)
+        os._exit(0)
+    return made
+
+server = hangwatch.FileTimerServer(sys.argv[1] + "/fifo", max_interval=0.05)
+server._keeps_its_own_way = lambda: True
+victim = child_with(300)
+assert victim == 300
+server.register_timers([hangwatch.FileTimerRequest(300, "of the dead", time.time() + 1, 9)])
+os.kill(victim, 9)
+os.waitpid(victim, 0)
+innocent = child_with(300)
+assert innocent == 300, innocent
+server.start()
+time.sleep(2)
+assert is_alive(innocent), "who got a dead worker's number was killed"
+assert server._timers == {}
+# A request of its own counts for it, of course.
+server.register_timers([hangwatch.FileTimerRequest(300, "its own", time.time(), 9)])
+_, status = os.waitpid(innocent, 0)
+assert os.WTERMSIG(status) == 9
+server.stop()
+print("held")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may choose the next process id")
+def test_who_gets_a_dead_worker_s_number_is_not_killed(tmp_path: Path) -> None:
+    assert "held" in run_alone(REUSED, str(tmp_path))
+
+
+class TestWhoMayBeHeld:
+    @pytest.mark.parametrize("pid", [-(2**40), -1, 0, 1, 2**22 + 1, 2**40])
+    def test_numbers_of_nobody(self, pid: int) -> None:
+        with pytest.raises(RefusedError):
+            hold_descendant(pid, set())
+
+    def test_ourselves_and_our_parent(self) -> None:
+        with pytest.raises(RefusedError, match="that is the server's own"):
+            hold_descendant(os.getpid(), set())
+        with pytest.raises(RefusedError):
+            hold_descendant(os.getppid(), set())
+
+    def test_a_grandchild_unless_it_is_spared(self) -> None:
+        code = (
+            "import subprocess, sys;"
+            "child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=0);"
+            "print(child.pid, flush=True); child.wait()"
+        )
+        with subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as child:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            grandchild = int(child.stdout.readline())
+            held = hold_descendant(grandchild, set())
+            assert held.pid == grandchild
+            os.close(held.pidfd)
+            with pytest.raises(RefusedError, match="belongs to the watcher"):
+                hold_descendant(grandchild, {child.pid})
+            child.stdin.write("\n")
+            child.stdin.close()
