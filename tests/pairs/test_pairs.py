@@ -343,7 +343,7 @@ class TestLifecycle:
             server.stop()
             server.stop()
             assert time.monotonic() - began < 5  # a second, were it not for a busy machine
-        assert threading.active_count() == threads
+        assert threading.active_count() <= threads
         assert len(os.listdir("/proc/self/fd")) <= files
         server.start()
         try:
