@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -174,3 +175,21 @@ def test_the_quiet_path_makes_no_system_call() -> None:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout == "system calls in 50000 pairs: 0\n"
+
+
+STANDS_ALONE = """
+import time, hangwatch
+client = hangwatch.SharedMemoryTimerClient()
+with hangwatch.expires(after=30, scope="around", client=client):
+    client.acquire("first", time.time() + 30)
+    client.acquire("second", time.time() + 0.5)
+client.release("first")
+time.sleep(30)
+"""
+
+
+def test_a_timer_acquired_by_a_call_outlives_the_block_around_it(
+    watcher: RunningWatcher,
+) -> None:
+    with watcher.python("-c", STANDS_ALONE) as worker:
+        assert worker.wait(20) == -signal.SIGKILL
