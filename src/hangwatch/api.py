@@ -177,10 +177,13 @@ class TimerServer(abc.ABC):
 
         A round that waits in `RequestQueue.get` for longer ends when that returns.
         """
+        self._stop_watching(STOP_WITHIN)
+
+    def _stop_watching(self, within: float) -> None:
         thread, self._watchdog_thread = self._watchdog_thread, None
         self._stopping.set()
         if thread is not None and thread is not threading.current_thread():
-            thread.join(STOP_WITHIN)
+            thread.join(max(0.0, within))
 
     def _watchdog_loop(self, stopping: threading.Event) -> None:
         back_off = 0.0

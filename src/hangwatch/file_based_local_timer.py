@@ -107,8 +107,7 @@ class FileTimerClient(DropInClient):
         self.signal = signal
 
     def __repr__(self) -> str:
-        road = "through shared memory" if self._connected() else "through the FIFO"
-        return f"<{type(self).__name__} of {self._file_path!r} {road}>"
+        return f"<{type(self).__name__} of {self._file_path!r}, {self._state()}>"
 
     def _link(self) -> str | None:
         if is_overridden(self, "_send_request"):
@@ -261,10 +260,9 @@ class FileTimerServer(DropInServer):
         return int(self._last_progress if self._joined else time.time())
 
     def _end(self) -> None:
-        if self._started_by not in (0, os.getpid()):
-            return
-        super().stop()
-        self._fifo.close()
+        if self._owner == os.getpid():
+            super().stop()
+            self._fifo.close()
 
     def _link(self) -> str | None:
         return place.link_of(self._fifo.status())

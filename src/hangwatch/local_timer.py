@@ -46,8 +46,7 @@ class LocalTimerClient(DropInClient):
         self._mp_queue = mp_queue
 
     def __repr__(self) -> str:
-        road = "through shared memory" if self._connected() else "through the queue"
-        return f"<{type(self).__name__} {road}>"
+        return f"<{type(self).__name__}, {self._state()}>"
 
     def _forget_parent(self) -> None:
         super()._forget_parent()

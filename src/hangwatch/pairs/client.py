@@ -59,6 +59,10 @@ class DropInClient(BuiltInClient):
     def _send(self, scope_id: str, expiration_time: float) -> bool:
         """Send a request over the pair's transport, as `Requested` wants it."""
 
+    def _state(self) -> str:
+        connected = self._worker is not None and self._worker.is_connected
+        return "connected to a watcher" if connected else "not connected to a watcher"
+
     def _signal_in_page(self) -> int:
         return 0
 

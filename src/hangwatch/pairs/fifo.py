@@ -74,7 +74,11 @@ class FifoRequestQueue(RequestQueue):
             return
         self.make()
         # With a writing end of our own there is no end of file when the last writer leaves.
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+        if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise FileExistsError(errno.EEXIST, "this is no FIFO any more", self.path)
+        self._descriptor = descriptor
         self._bytes.clear()
 
     def status(self) -> os.stat_result:

@@ -60,7 +60,7 @@ class DropInServer(TimerServer):
         self._complaints = complaints
         self._targets = Targets(self._spared, self._complaints)
         self._beside: WatcherBeside | None = None
-        self._started_by = 0
+        self._owner = os.getpid()
         self._joined = False
         self._last_progress = time.time()
 
@@ -93,7 +93,7 @@ class DropInServer(TimerServer):
         """Start watching; returns when workers can connect. A second start does nothing."""
         if self._watchdog_thread is not None:
             return
-        self._started_by = os.getpid()
+        self._owner = os.getpid()
         link = self._link()
         if link is not None and not self._keeps_its_own_way():
             from hangwatch.pairs.beside import WatcherBeside
@@ -112,7 +112,7 @@ class DropInServer(TimerServer):
         What a watcher has begun by then, a report for example, it ends by itself. Without a
         start, or in a forked child of the program that started it, does nothing.
         """
-        if self._started_by != os.getpid():
+        if self._owner != os.getpid():
             return
         until = monotonic() + STOP_WITHIN
         beside, self._beside = self._beside, None
@@ -122,7 +122,7 @@ class DropInServer(TimerServer):
         self._stopping.set()
         if beside is not None:
             beside.stop(until - STOP_WITHIN / 3)
-        super().stop()
+        self._stop_watching(until - monotonic())
         if thread is None or not thread.is_alive():
             self._targets.close()
 
