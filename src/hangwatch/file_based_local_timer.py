@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal as signals
 import time
-import zlib
 from collections.abc import Callable
 from math import isfinite
 from time import monotonic, sleep
@@ -364,5 +363,7 @@ def _short(scope_id: str) -> str:
     """Shorten a scope so that its line fits; scopes that differ still do."""
     if len(scope_id) <= _LONGEST_SCOPE:
         return scope_id
+    import zlib
+
     kept = _LONGEST_SCOPE - 10
     return f"{scope_id[:kept]}…{zlib.crc32(scope_id.encode('utf-8', 'backslashreplace')):08x}"

@@ -16,7 +16,6 @@ from hangwatch.api import STOP_WITHIN, RequestQueue, TimerRequest, TimerServer
 from hangwatch.errors import LaunchError
 from hangwatch.pairs.complaints import Complaints
 from hangwatch.pairs.table import TimerTable
-from hangwatch.pairs.targets import Targets
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
@@ -54,6 +53,8 @@ class DropInServer(TimerServer):
             raise ValueError(
                 f"max_interval must be a number of seconds, 0 or more, not {max_interval!r}"
             )
+        from hangwatch.pairs.targets import Targets  # takes long, and a worker needs none of it
+
         super().__init__(request_queue, max_interval, daemon)
         self._report_dir = report_dir
         self._table = TimerTable()
