@@ -6,7 +6,7 @@ sends one byte, `connection.RING`, whenever the watcher should look at its page.
 
 Layout of a hello: {"hangwatch": 1, "page_fd": int, "monotonic": float,
 "fenced": bool, "labels": {str: str}, "command": [str, ...], "python": str,
-"stacks": null or {"fd": int, "own": int, "all": int}}.
+"stacks": null or {"fd": int, "own": int, "all": int}, "error_file": null or str}.
 Layout of a reply: {"hangwatch": 1, "welcome": bool, "reason": str}.
 Unknown keys are ignored, so that a later version can add some.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from math import isfinite
+from typing import TypeGuard
 
 from hangwatch.errors import ProtocolError
 
@@ -23,6 +24,7 @@ VERSION = 1
 MAX_BYTES = 16384
 MAX_DESCRIPTORS = 2
 _MAX_LABELS, _MAX_ARGUMENTS, _MAX_TEXT = 32, 32, 256
+_MAX_PATH = 4095  # linux/limits.h: PATH_MAX is 4096 bytes, the last one NUL
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ class Hello:
         command: the command line, perhaps cut.
         python: the version of its Python.
         stacks: its stack channel, or None where it has none.
+        error_file: absolute path of the file in which its launcher looks for the reason of
+            its end, or None.
     """
 
     page_fd: int
@@ -61,11 +65,14 @@ class Hello:
     command: list[str]
     python: str
     stacks: StackChannel | None
+    error_file: str | None = None
 
 
 def encode_hello(hello: Hello) -> bytes:
-    """Encode a hello; of a long command line, only as much as fits into `MAX_BYTES`."""
-    stacks = hello.stacks
+    """Encode a hello; of what is long, only as much as fits into `MAX_BYTES`."""
+    stacks, error_file = hello.stacks, hello.error_file
+    if not _is_path(error_file):
+        error_file = None
     labels = dict(list(hello.labels.items())[:_MAX_LABELS])
     command = [word[:_MAX_TEXT] for word in hello.command[:_MAX_ARGUMENTS]]
     while True:
@@ -79,11 +86,17 @@ def encode_hello(hello: Hello) -> bytes:
                 "command": command,
                 "python": hello.python,
                 "stacks": stacks and {"fd": stacks.fd, "own": stacks.own, "all": stacks.all},
+                "error_file": error_file,
             }
         ).encode("ascii")
-        if len(message) <= MAX_BYTES or not command:
+        if len(message) <= MAX_BYTES:
             return message
-        command.pop()
+        if command:
+            command.pop()
+        elif error_file is not None:
+            error_file = None
+        else:
+            return message
 
 
 def decode_hello(message: bytes) -> Hello:
@@ -95,6 +108,9 @@ def decode_hello(message: bytes) -> Hello:
     fields = _decode(message, "worker")
     try:
         stacks = fields.get("stacks")
+        error_file = fields.get("error_file")
+        if not _is_path(error_file):
+            raise ValueError("the error file is not an absolute path")
         hello = Hello(
             page_fd=_number(fields["page_fd"]),
             monotonic=float(fields["monotonic"]),  # type: ignore[arg-type]
@@ -105,6 +121,7 @@ def decode_hello(message: bytes) -> Hello:
             stacks=None
             if not isinstance(stacks, dict)
             else StackChannel(*(_number(stacks[key]) for key in ("fd", "own", "all"))),
+            error_file=error_file,
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ProtocolError(f"the hello is malformed ({error!r})") from None
@@ -152,6 +169,15 @@ def _number(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
         raise ValueError(f"not a small whole number: {value!r:.40}")
     return value
+
+
+def _is_path(value: object) -> TypeGuard[str | None]:
+    return value is None or (
+        isinstance(value, str)
+        and value.startswith("/")
+        and "\0" not in value
+        and len(value.encode("utf-8", "surrogatepass")) <= _MAX_PATH
+    )
 
 
 def _texts(value: object) -> dict[str, str]:

@@ -22,14 +22,15 @@ def hangwatch_run(report_dir: Path) -> list[str]:
     return [sys.executable, "-m", "hangwatch", "run", "--report-dir", str(report_dir), "--"]
 
 
-def torchrun(ranks: int, *arguments: str) -> list[str]:
+def torchrun(ranks: int, *arguments: str, restarts: int = 1) -> list[str]:
     # --standalone: a free port, and a run id of its own.
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, "--nproc-per-node", str(ranks), "--max-restarts", "1", *arguments]
+    counts = ["--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
+    return [*launcher, *counts, *arguments]
 
 
-def finish(command: list[str], cwd: Path, **environment: str) -> tuple[str, str]:
-    """Run a command that must succeed; return what it wrote to stdout and stderr."""
+def finish(command: list[str], cwd: Path, status: int = 0, **environment: str) -> tuple[str, str]:
+    """Run a command that must end with `status`; return what it wrote to stdout and stderr."""
     with subprocess.Popen(
         command,
         cwd=cwd,
@@ -47,7 +48,7 @@ def finish(command: list[str], cwd: Path, **environment: str) -> tuple[str, str]
             finally:
                 job.kill()
             raise
-    assert job.returncode == 0, f"exit status {job.returncode}\n{stdout}\n{stderr}"
+    assert job.returncode == status, f"exit status {job.returncode}\n{stdout}\n{stderr}"
     return stdout, stderr
 
 
@@ -85,6 +86,20 @@ def test_hung_rank_is_killed_and_the_job_goes_on(tmp_path: Path) -> None:
     assert int(resumed[1]) in (5, 10, 15, 20)
     assert f"resumed from step {resumed[1]}\n" in stdout[stdout.index("finished: ") :]
     assert accuracy(stdout) > 0.8
+
+
+def test_when_restarts_run_out_the_final_error_shows_where_it_hung(tmp_path: Path) -> None:
+    job = torchrun(2, str(SCRIPT), "--hang-rank", "1", "--hang-at-step", "5", restarts=0)
+    _, stderr = finish([*hangwatch_run(tmp_path / "reports"), *job], tmp_path, status=1)
+
+    report = only_report(tmp_path / "reports")
+    assert report["outcome"] == "reaped"
+    assert report["actions"][0]["action"] == "error file"
+    _, _, root_cause = stderr.rpartition("Root Cause (first observed failure):")
+    assert "rank      : 1 (local_rank: 1)" in root_cause
+    assert "exitcode  : -9 " in root_cause
+    assert f"(pid {report['worker']['pid']}) overran 'forward'" in root_cause
+    assert "in stop_in_c\n" in root_cause
 
 
 def test_job_that_does_not_hang_is_left_alone(tmp_path: Path) -> None:

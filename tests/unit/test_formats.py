@@ -80,6 +80,7 @@ def test_a_hello_survives_the_wire() -> None:
         **{
             **{k: getattr(HELLO, k) for k in HELLO.__slots__},
             "stacks": wire.StackChannel(4, 62, 61),
+            "error_file": "/attempt_0/2/\udcff.json",
         }
     )
     for hello in (HELLO, with_stacks):
@@ -91,9 +92,21 @@ def test_a_hello_with_a_huge_command_line_still_fits() -> None:
     assert len(wire.encode_hello(hello)) <= wire.MAX_BYTES
 
 
+@pytest.mark.parametrize("path", ["/" + "ä" * 2047, "/" + "a" * 4095, "relative", "/nul\0"])
+def test_an_error_file_that_can_t_be_sent_costs_nothing_else(path: str) -> None:
+    hello = wire.Hello(3, 1.0, True, {"rank": "ä" * 256}, [], "3.11", None, path)
+    received = wire.decode_hello(wire.encode_hello(hello))
+    assert received.labels == hello.labels
+    assert received.error_file in (path, None)
+    with pytest.raises(ProtocolError):
+        wire.decode_hello(json.dumps({"hangwatch": 1, "error_file": 3}).encode())
+
+
 @given(
     st.dictionaries(
-        st.sampled_from(["page_fd", "monotonic", "fenced", "labels", "command", "stacks"]),
+        st.sampled_from(
+            ["page_fd", "monotonic", "fenced", "labels", "command", "stacks", "error_file"]
+        ),
         st.recursive(
             st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
             lambda inner: (

@@ -94,6 +94,19 @@ def signal_masks(pid: int, tid: int) -> SignalMasks | None:
     return SignalMasks(masks["SigPnd"], masks["ShdPnd"], masks["SigBlk"], masks["SigCgt"])
 
 
+def credentials(pid: int) -> tuple[int, int, list[int]]:
+    """Return a process's effective user and group and its other groups.
+
+    Raises:
+        OSError: /proc doesn't tell, or there is no such process.
+    """
+    with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as status:
+        lines = dict(line.split(":", 1) for line in status)
+    # Real, effective, saved, file system's.
+    uid, gid = (int(lines[name].split()[1]) for name in ("Uid", "Gid"))
+    return uid, gid, [int(group) for group in lines["Groups"].split()]
+
+
 def has(mask: int, signal: int) -> bool:
     """Tell whether `signal` is in `mask`."""
     return bool(mask >> (signal - 1) & 1)

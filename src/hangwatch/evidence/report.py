@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from datetime import UTC, datetime
 
-from hangwatch.evidence.model import SCHEMA, Outcome, Report, ThreadStack
+from hangwatch.evidence.model import SCHEMA, Case, Outcome, Report, ThreadStack
 
 _ENDINGS = {
     Outcome.REAPED: "killed, its death confirmed {last}",
@@ -17,22 +17,26 @@ _ENDINGS = {
 }
 
 
-def who(report: Report) -> str:
+def who(case: Case) -> str:
     """Name the worker: its rank if it has one, and its pid."""
-    worker = report.case.worker
+    worker = case.worker
     rank = worker.labels.get("rank")
     return f"worker {worker.pid}" if rank is None else f"rank {rank} (pid {worker.pid})"
 
 
 def headline(report: Report) -> str:
     """Say in one line who hung, where, for how long, against what limit, and what came of it."""
-    scope = report.case.scope
     last = f"{report.actions[-1].at_s * 1000:.0f} ms after the verdict" if report.actions else ""
     ending = _ENDINGS[report.outcome].format(last=last).replace("  ", " ").replace(" ;", ";")
+    return f"{overrun(report.case)}; {shown(ending.strip())}"
+
+
+def overrun(case: Case) -> str:
+    """Say in one line who hung, where, for how long, against what limit."""
+    scope = case.scope
     return shown(
-        f"{who(report)} overran {scope.name!r}: {scope.inside_s:.3f} s inside, "
-        f"limit {scope.limit_s:g} s, thread {scope.thread.name or scope.thread.native_id}; "
-        f"{ending.strip()}"
+        f"{who(case)} overran {scope.name!r}: {scope.inside_s:.3f} s inside, "
+        f"limit {scope.limit_s:g} s, thread {scope.thread.name or scope.thread.native_id}"
     )
 
 

@@ -25,6 +25,7 @@ from hangwatch.evidence.report import headline
 from hangwatch.evidence.stacks import Asked
 from hangwatch.process import Identity
 from hangwatch.watch.descendants import descendants_of
+from hangwatch.watch.error_file import ErrorFile
 from hangwatch.watch.helper import Helper
 from hangwatch.watch.page_reader import Armed
 from hangwatch.watch.reporter import Reporter
@@ -212,6 +213,7 @@ class Incident:
         self._start_reporter()
         grace = self._around.settings.grace
         first = self.verdict.signal or (signal.SIGTERM if grace > 0 else signal.SIGKILL)
+        error_file = yield from self._leave_error_file()
         outcome = None
         if first != signal.SIGKILL:
             outcome = yield from self._step(first, grace or SIGNAL_GRACE)
@@ -219,11 +221,29 @@ class Incident:
             outcome = yield from self._step(signal.SIGKILL, _DEAD_WITHIN)
         if outcome is Outcome.REAPED:
             yield from self._end_tree()
+        elif outcome is not None and error_file is not None:
+            result = yield from error_file.take_back()
+            if result:
+                self._note("error file", result)
         return outcome or Outcome.UNKILLABLE
 
     def _reaps(self) -> bool:
         on_expiry = self._around.settings.on_expiry
         return on_expiry is OnExpiry.REAP and self.verdict.signal != page.NEVER_KILL
+
+    def _leave_error_file(self) -> Generator[float, None, ErrorFile | None]:
+        """Tell the worker's launcher why it dies, before it does."""
+        verdict, worker = self.verdict, self.verdict.worker
+        path = worker.hello.error_file
+        if path is None or not self._overdue():
+            return None
+        if not worker.is_ours(verdict.case.scope.thread.native_id):
+            return None
+        error_file = ErrorFile(
+            self._around.start_helper, worker.identity, path, verdict.case, self._evidence
+        )
+        self._note("error file", (yield from error_file.write()))
+        return error_file
 
     def _nothing_to_do(self) -> Outcome | None:
         """Look before a step: what makes it needless or unsafe, or None."""

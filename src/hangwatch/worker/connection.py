@@ -15,6 +15,7 @@ import sys
 from time import monotonic, sleep
 
 from hangwatch.errors import AddressError, ProtocolError, WatcherUnavailableError
+from hangwatch.worker.labels import error_file_from
 from hangwatch.worker.own_descriptor import OwnDescriptor
 
 TYPE_CHECKING = False  # typing itself takes long to import
@@ -71,6 +72,7 @@ def connect(
             command=list(sys.orig_argv),
             python=".".join(map(str, sys.version_info[:3])),
             stacks=stacks,
+            error_file=error_file_from(os.environ),
         )
         answer = _converse(connection, address, wire.encode_hello(hello), descriptors, until)
         reason = wire.decode_reply(answer)

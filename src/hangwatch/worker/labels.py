@@ -1,4 +1,4 @@
-"""What a worker is called by those who launched it: rank, run, restart.
+"""What those who launched a worker said of it: rank, run, restart, where its end is explained.
 
 Only variables on this list are read; a report never holds the environment.
 Source: torchrun's, SLURM's and Open MPI's documentation of their environment.
@@ -6,6 +6,7 @@ Source: torchrun's, SLURM's and Open MPI's documentation of their environment.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 _VARIABLES = {
@@ -25,3 +26,12 @@ def labels_from(environment: Mapping[str, str]) -> dict[str, str]:
         for label, names in _VARIABLES.items()
         if any(name in environment for name in names)
     }
+
+
+def error_file_from(environment: Mapping[str, str]) -> str | None:
+    """Return where torchrun looks for the reason of this process's end; None: nowhere."""
+    path = environment.get("TORCHELASTIC_ERROR_FILE")
+    try:
+        return os.path.abspath(path) if path else None
+    except OSError:  # relative to a folder that is gone
+        return None
