@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from support.jobs import finish, only_report, torchrun
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "ddp_digits.py"
-ENDS_WITHIN = 140.0
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(180)]
 
@@ -22,47 +19,10 @@ def hangwatch_run(report_dir: Path) -> list[str]:
     return [sys.executable, "-m", "hangwatch", "run", "--report-dir", str(report_dir), "--"]
 
 
-def torchrun(ranks: int, *arguments: str, restarts: int = 1) -> list[str]:
-    # --standalone: a free port, and a run id of its own.
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    counts = ["--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
-    return [*launcher, *counts, *arguments]
-
-
-def finish(command: list[str], cwd: Path, status: int = 0, **environment: str) -> tuple[str, str]:
-    """Run a command that must end with `status`; return what it wrote to stdout and stderr."""
-    with subprocess.Popen(
-        command,
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as job:
-        try:
-            stdout, stderr = job.communicate(timeout=ENDS_WITHIN)
-        except BaseException:
-            job.terminate()  # torchrun ends its ranks
-            try:
-                job.communicate(timeout=20)
-            finally:
-                job.kill()
-            raise
-    assert job.returncode == status, f"exit status {job.returncode}\n{stdout}\n{stderr}"
-    return stdout, stderr
-
-
 def accuracy(stdout: str) -> float:
     found = re.search(r"^finished: accuracy (\d\.\d+) ", stdout, re.MULTILINE)
     assert found, stdout
     return float(found[1])
-
-
-def only_report(report_dir: Path) -> dict[str, Any]:
-    folders = list(report_dir.iterdir())
-    assert len(folders) == 1, folders
-    report: dict[str, Any] = json.loads((folders[0] / "report.json").read_text())
-    return report
 
 
 def test_hung_rank_is_killed_and_the_job_goes_on(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Hangwatch inside of other projects; nothing here is imported by the rest."""
