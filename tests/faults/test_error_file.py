@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -9,9 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -193,7 +194,7 @@ def test_a_fifo_is_refused_and_holds_nobody_up(
             assert said == "not written: it is not a regular file"
             assert os.read(reader, 1) == b"", "nothing was written"
         else:
-            assert said.startswith("failed: ")
+            assert said == f"failed: {os.strerror(errno.ENXIO)}"
     finally:
         if reader is not None:
             os.close(reader)
@@ -305,28 +306,30 @@ def test_it_is_written_with_the_rights_of_the_worker_s_user_only(open_folder: Pa
 class TestAlone:
     """The course by itself, without a watcher."""
 
-    @staticmethod
-    def of(pid: int, path: Path) -> ErrorFile:
+    helpers: ClassVar[list[Helper]] = []
+
+    @classmethod
+    def of(cls, pid: int, path: Path) -> ErrorFile:
+        def start(work: Callable[[], bytes], keep: list[int], outlives: bool = False) -> Helper:
+            cls.helpers.append(Helper(work, keep, outlives))
+            return cls.helpers[-1]
+
         scope = Scope("lost", 1.0, 2.0, 1.0, 1, ScopeThread(1, pid, "MainThread"), [])
         case = Case(time.time(), Worker(pid, 0, 0.0, {}, ["victim"], "3"), scope)
         identity = Identity(pid, os.geteuid(), 0, os.pidfd_open(pid))
-        return ErrorFile(
-            lambda work, keep, outlives=False: Helper(work, keep, outlives),
-            identity,
-            str(path),
-            case,
-            None,
-        )
+        return ErrorFile(start, identity, str(path), case, None, ["evidence: there is none"])
 
-    @staticmethod
-    def run(course: Generator[float, None, str]) -> str:
+    @classmethod
+    def run(cls, course: Generator[float, None, str]) -> str:
         said: list[str] = []
 
         def steps() -> Generator[float, None, None]:
             said.append((yield from course))
 
         for until in steps():
-            time.sleep(max(0.0, until - time.monotonic()))
+            while time.monotonic() < until and not cls.helpers[-1].done:
+                time.sleep(0.005)
+                cls.helpers[-1].read()
         return said[0]
 
     def test_a_file_system_that_does_not_answer_holds_the_kill_up_for_a_second(
@@ -337,6 +340,40 @@ class TestAlone:
         began = time.monotonic()
         assert self.run(file.write()) == "failed: not done within 1 s"
         assert time.monotonic() - began < 10
+
+    def test_what_came_too_late_is_taken_back_all_the_same(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write = error_file.write
+
+        def write_and_hang(path: str, content: bytes) -> str:
+            write(path, content)
+            time.sleep(1000)
+            return ""
+
+        monkeypatch.setattr(error_file, "write", write_and_hang)
+        path = tmp_path / "error.json"
+        file = self.of(os.getpid(), path)
+        assert self.run(file.write()) == "failed: not done within 1 s"
+        assert path.stat().st_size > 0
+        assert self.run(file.take_back()).startswith("removed")
+        assert not path.exists()
+
+    def test_an_empty_file_is_empty_again_when_it_is_taken_back(self, tmp_path: Path) -> None:
+        path = tmp_path / "error.json"
+        path.write_text("")
+        file = self.of(os.getpid(), path)
+        assert self.run(file.write()) == error_file.FILLED
+        assert self.run(file.take_back()).startswith("removed")
+        assert path.read_text() == ""
+
+    def test_without_evidence_it_says_why(self, tmp_path: Path) -> None:
+        path = tmp_path / "error.json"
+        assert self.run(self.of(os.getpid(), path).write()) == error_file.CREATED
+        message = json.loads(path.read_bytes())["message"]
+        headline, why = message["extraInfo"]["py_callstack"].splitlines()
+        assert headline == f"hangwatch: {message['message']}"
+        assert why == "missing: evidence: there is none"
 
     def test_nobody_writes_for_a_process_that_became_another_user_s(self, tmp_path: Path) -> None:
         identity = Identity(os.getpid(), os.geteuid() + 1, 0, os.pidfd_open(os.getpid()))

@@ -27,6 +27,7 @@ class ErrorFile:
         path: where it is, by the worker's word.
         case: what the watcher knows.
         evidence: pickled `Evidence`, if any was gathered.
+        problems: why some of it is missing.
     """
 
     def __init__(
@@ -36,12 +37,14 @@ class ErrorFile:
         path: str,
         case: Case,
         evidence: bytes | None,
+        problems: list[str],
     ) -> None:
         self._start_helper = start_helper
         self._identity = identity
         self._path = path
         self._case = case
         self._evidence = evidence
+        self._problems = problems
         self._written = ""
 
     def write(self) -> Course:
@@ -64,6 +67,7 @@ class ErrorFile:
                 # The bytes are our own helper's, passed on through our own memory.
                 evidence = self._evidence
                 found = Evidence() if evidence is None else pickle.loads(evidence)
+                found.missing.extend(self._problems)
                 content = error_file.content_of(self._case, found)
                 error_file.take_rights_of(self._identity)
                 return act(self._path, content).encode()

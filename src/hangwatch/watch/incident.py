@@ -240,7 +240,12 @@ class Incident:
         if not worker.is_ours(verdict.case.scope.thread.native_id):
             return None
         error_file = ErrorFile(
-            self._around.start_helper, worker.identity, path, verdict.case, self._evidence
+            self._around.start_helper,
+            worker.identity,
+            path,
+            verdict.case,
+            self._evidence,
+            self._problems,
         )
         self._note("error file", (yield from error_file.write()))
         return error_file

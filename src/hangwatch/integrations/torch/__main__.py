@@ -54,7 +54,8 @@ def main(words: list[str]) -> None:
     if is_module:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     else:
-        sys.path[0] = os.path.dirname(os.path.realpath(name))
+        if not sys.flags.safe_path:
+            sys.path[0] = os.path.dirname(os.path.realpath(name))
         runpy.run_path(name, run_name="__main__")
 
 
