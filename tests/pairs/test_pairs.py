@@ -69,18 +69,15 @@ class TestTheNativeRoad:
         finally:
             server.stop()
 
-    def test_a_server_that_is_restarted_is_found_again(self, pair: Pair) -> None:
+    def test_a_server_that_is_restarted_watches_again(self, pair: Pair) -> None:
+        ready, go = SPAWN.Event(), SPAWN.Event()
         with running(pair):
-            client = pair.client()
-            with hangwatch.expires(30, "one", client):
-                pass
+            worker = pair.worker(_hang_after, ready, go)
+            assert ready.wait(PATIENCE)
             pair.server.stop()
             pair.server.start()
-            for _ in range(2):
-                with hangwatch.expires(30, "two", client):
-                    pass
-            assert client._worker is not None
-            assert client._worker.is_connected
+            go.set()
+            assert exit_status(worker) == KILLED
 
     def test_a_worker_survives_a_server_that_stops_in_the_middle_of_a_block(
         self, pair: Pair
@@ -113,6 +110,9 @@ class TestTheNativeRoad:
                 pair.server.stop()
                 os._exit(0)
             os.waitpid(pid, 0)
+            link = pair.server._link()
+            assert link is not None
+            assert os.path.exists(link)
             assert exit_status(pair.worker(hang)) == KILLED
 
 
@@ -123,6 +123,16 @@ def _hang_natively(queue: object) -> None:
         if worker is None or not worker.is_connected:
             os._exit(7)
         time.sleep(30)
+
+
+def _hang_after(ready: threading.Event, go: threading.Event) -> None:
+    # The first watcher promises to look again within 5 s; the second block is due later.
+    with hangwatch.expires(5, "before"):
+        pass
+    ready.set()
+    go.wait()
+    with hangwatch.expires(6, "after"):
+        time.sleep(40)
 
 
 def _wait_in_a_block(ready: threading.Event, go: threading.Event) -> None:
@@ -305,7 +315,7 @@ def _call_by_hand(where: object) -> None:
     thread = threading.Thread(target=client.release, args=("beat",))
     thread.start()
     thread.join()
-    client.release("beat")  # nothing is left to release: no harm
+    client.release("nothing")  # that there is nothing to release does no harm
     time.sleep(2.5)
 
 
@@ -323,8 +333,9 @@ def _fork_in_a_block() -> None:
         pid = os.fork()
         if pid == 0:
             time.sleep(3)  # longer than the parent's block may take
-            with hangwatch.expires(30, "child's"):
+            with hangwatch.expires(30, "parent's"):
                 pass
+            time.sleep(3)
             os._exit(0)
     _, status = os.waitpid(pid, 0)
     os._exit(0 if status == 0 else 1)

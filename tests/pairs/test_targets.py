@@ -105,10 +105,11 @@ os.kill(victim, 9)
 os.waitpid(victim, 0)
 innocent = child_with(300)
 assert innocent == 300, innocent
+server.register_timers([hangwatch.FileTimerRequest(300, "of the living", time.time() + 60, 9)])
 server.start()
 time.sleep(2)
 assert is_alive(innocent), "who got a dead worker's number was killed"
-assert server._timers == {}
+assert list(server._timers) == [(300, "of the living")]
 # A request of its own counts for it, of course.
 server.register_timers([hangwatch.FileTimerRequest(300, "its own", time.time(), 9)])
 _, status = os.waitpid(innocent, 0)
