@@ -126,12 +126,12 @@ def _hang_natively(queue: object) -> None:
 
 
 def _hang_after(ready: threading.Event, go: threading.Event) -> None:
-    # The first watcher promises to look again within 5 s; the second block is due later.
-    with hangwatch.expires(5, "before"):
+    # The first watcher promises to look again within 8 s; the second block is due later.
+    with hangwatch.expires(8, "before"):
         pass
     ready.set()
     go.wait()
-    with hangwatch.expires(6, "after"):
+    with hangwatch.expires(9, "after"):
         time.sleep(40)
 
 
