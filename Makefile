@@ -13,14 +13,17 @@ VENV := .venv
 CHECK := .venv-check
 INTEROP := .venv-interop
 
-.PHONY: help demo test check model interop zoo bench-arm bench-handover stress-handover clean
+.PHONY: help demo test check model interop conformance-table zoo bench-arm \
+	bench-handover stress-handover clean
 
 help:
 	@echo "make demo       watch four workers until one hangs"
 	@echo "make test       run the tests (no torch)"
 	@echo "make check      ruff and mypy"
 	@echo "make model      check the protocol's model with Spin (needs spin and gcc)"
-	@echo "make interop    what needs torch 2.13.0: a torchrun job that hangs and goes on"
+	@echo "make interop    what needs torch 2.13.0: a torchrun job that hangs and goes on, and"
+	@echo "                that PyTorch still breaks what tests/conformance shows"
+	@echo "make conformance-table         run tests/conformance, write the table in docs/"
 	@echo "make zoo N=20   meet every program of the hang zoo N times, print the lateness"
 	@echo "make bench-arm  what a block costs"
 	@echo "make bench-handover            how long nobody watches after the watcher's death"
@@ -69,6 +72,15 @@ model:
 
 interop: $(INTEROP)/ready
 	$(INTEROP)/bin/python -m pytest -m interop -n 0 tests/interop
+	$(CONFORMANCE) -m interop
+
+# Most of the time its processes wait: eight at once are not too many for two cores.
+CONFORMANCE = $(INTEROP)/bin/python -m pytest -n 8 tests/conformance/test_conformance.py
+
+conformance-table: $(INTEROP)/ready
+	@rm -rf build/conformance
+	HANGWATCH_CONFORMANCE_RESULTS=$(CURDIR)/build/conformance $(CONFORMANCE)
+	PYTHONPATH=tests $(INTEROP)/bin/python -m conformance.table build/conformance docs/migrating-from-torch.md
 
 zoo: $(VENV)/ready
 	PYTHONPATH=tests $(VENV)/bin/python -m zoo $(N)

@@ -1,0 +1,160 @@
+"""Rows about the server's own life: starting, stopping, what it costs, what it says."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Any
+
+import psutil
+
+from conformance.row import LOCAL, Outcome, Row, death
+from conformance.stage import (
+    SOON,
+    WINDOW,
+    Gate,
+    Server,
+    Stage,
+    Watched,
+    hang,
+)
+
+_SCOPE = "the-forward-pass"
+
+
+def lifecycle(stage: Stage) -> Outcome:
+    """Start and stop servers without a client, stop one with the defaults, start one again."""
+
+    go = Gate()
+    stage.warm_up_logging()
+
+    def body() -> None:
+        go.wait()
+        stage.timer.configure(stage.client())
+        try:
+            stage.hang_after(1)()
+        except Exception as error:
+            # It could not even arm: that is as bad as not being killed.
+            stage.say("hangs", note=type(error).__name__)
+            hang()
+
+    def threads_and_children() -> int:
+        return len(os.listdir("/proc/self/task")) + len(psutil.Process().children(recursive=True))
+
+    def then(server: Server) -> None:
+        before = threads_and_children()
+        for number in range(5):
+            cycled = stage.another(f"cycled{number}").server(max_interval=SOON)
+            cycled.start()
+            cycled.stop()
+        time.sleep(0.5)
+        stage.say("left", threads_and_children() - before)
+
+        server.stop()
+        server.start()
+        go.open()
+
+        default = stage.another("default").server()
+        default.start()
+        stage.say("stopping")
+        start = time.monotonic()
+        default.stop()
+        stage.say("stopped", time.monotonic() - start)
+
+    stage.play(body, then=then, max_interval=SOON)
+    (left,) = stage.hear("left")
+    (hangs,) = stage.hear("hangs")
+    after = Watched(hangs.pid, hangs.at).death_within(WINDOW)
+    (stopping,) = stage.hear("stopping")
+    stopped = stage.overhear("stopped", 1, stopping.at + WINDOW - time.monotonic())
+    stop = f"stop() took {stopped[0].value:.2f} s" if stopped else f"no stop() within {WINDOW:g} s"
+    hung = hangs.note or death(after, WINDOW)
+    holds = left.value == 0 and bool(stopped) and stopped[0].value < 3 and after is not None
+    figure = f"{left.value:.0f} threads left; {stop}; a hang after stop() and start(): {hung}"
+    return Outcome(holds, figure)
+
+
+def log_storm(stage: Stage) -> Outcome:
+    """The queue is closed under a server that runs."""
+    records = 0
+    make = logging.getLogRecordFactory()
+
+    def count(*arguments: Any, **more: Any) -> logging.LogRecord:
+        nonlocal records
+        records += 1
+        return make(*arguments, **more)
+
+    def then(_: Server) -> None:
+        stage.queue.close()
+        before, busy, start = records, time.process_time(), time.monotonic()
+        time.sleep(2)
+        took = time.monotonic() - start
+        stage.say("records", (records - before) / took)
+        stage.say("busy", (time.process_time() - busy) / took)
+
+    stage.warm_up_logging()
+    # Every record that a logger lets through, whoever handles it.
+    stage.play(before=lambda: logging.setLogRecordFactory(count), then=then, max_interval=SOON)
+    (rate,), (busy,) = stage.hear("records"), stage.hear("busy")
+    figure = f"{rate.value:,.0f} log records a second, {busy.value:.0%} CPU"
+    return Outcome(rate.value < 50, figure)
+
+
+def scan(stage: Stage) -> Outcome:
+    """Nothing is due: what does a round cost with 100,000 timers, and what with 1,000?"""
+    few, many = 1_000, 100_000
+
+    def then(_: Server) -> None:
+        worker = stage.start_worker(hang)
+        for count in (few, many):
+            stage.say("round", _cost_of_a_round(stage.another(f"with{count}"), worker, count))
+
+    stage.play(then=then, max_interval=SOON)
+    with_few, with_many = stage.hear("round", 2)
+    ratio = with_many.value / with_few.value
+    figure = f"{with_many.value * 1000:,.3f} ms a round for {many:,}, {ratio:.1f} times {few:,}'s"
+    return Outcome(ratio < 10, figure)
+
+
+def _cost_of_a_round(stage: Stage, worker: int, count: int) -> float:
+    server = stage.server()  # not started: nobody else goes a round
+    far = time.time() + 1e6
+    kind = stage.timer.TimerRequest if stage.pair == LOCAL else stage.timer.FileTimerRequest
+    server.register_timers([kind(worker, f"scope {number}", far) for number in range(count)])
+    costs = []
+    for _ in range(10):
+        start = time.perf_counter()
+        expired = server.get_expired_timers(time.time())
+        server.clear_timers(set())
+        costs.append(time.perf_counter() - start)
+        assert not expired
+    # All of them were there, and far away: in the end they are due.
+    (due,) = server.get_expired_timers(far + 1).values()
+    assert len(due) == count
+    return min(costs)
+
+
+def silent(stage: Stage) -> Outcome:
+    """A worker is killed, and nobody has set up any logging."""
+    stage.play(stage.hang_after(1, _SCOPE), max_interval=SOON)
+    (hangs,) = stage.hear("hangs")
+    if Watched(hangs.pid, hangs.at).death_within(WINDOW) is None:
+        return Outcome(False, "not even killed")
+    until = time.monotonic() + 3
+    while _SCOPE not in stage.stderr and time.monotonic() < until:
+        time.sleep(0.05)
+    lines = [line for line in stage.stderr.splitlines() if _SCOPE in line]
+    return Outcome(bool(lines), f"{len(lines) or 'no'} lines about it on standard error")
+
+
+ROWS = [
+    Row(
+        "lifecycle",
+        "A stopped server leaves nothing behind, stops at once, and can be started again.",
+        lifecycle,
+    ),
+    Row("log-storm", "A closed queue is no reason to fill a disk.", log_storm, (LOCAL,)),
+    Row("scan", "A round costs what is due, not what there is.", scan),
+    Row("silent", "A kill is told at the default log level, with the scope's name.", silent),
+]
