@@ -1,6 +1,6 @@
 """`python -m conformance.table RESULTS PAGE`: write the table of both figures into a page.
 
-The figures are those that the tests left in the folder RESULTS; see `conformance.run`.
+The figures are those that the tests left in the folder RESULTS; see `conformance.theatre`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from conformance.contract import ROWS
-from conformance.run import OURS, TORCH, Result
+from conformance.theatre import OURS, TORCH, Result
 
 BEGIN = "<!-- conformance table: written by make conformance-table -->"
 END = "<!-- end of the conformance table -->"

@@ -6,14 +6,15 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from conformance.contract import CONTROL
 from conformance.row import BOTH, Row
-from conformance.run import OURS, TORCH, run
 from conformance.table import CASES
+from conformance.theatre import OURS, TORCH, Theatre
 
 every_case = pytest.mark.parametrize(
     ("row", "pair"), [pytest.param(*case, id=f"{case[0].id}-{case[1]}") for case in CASES]
@@ -21,16 +22,28 @@ every_case = pytest.mark.parametrize(
 both_pairs = pytest.mark.parametrize("pair", BOTH)
 
 
+@pytest.fixture(scope="module")
+def ours() -> Iterator[Theatre]:
+    with Theatre(OURS) as theatre:
+        yield theatre
+
+
+@pytest.fixture(scope="module")
+def pytorch() -> Iterator[Theatre]:
+    with Theatre(TORCH) as theatre:
+        yield theatre
+
+
 @every_case
-def test_ours_keeps_the_promise(row: Row, pair: str) -> None:
-    outcome = run(row, pair, OURS)
+def test_ours_keeps_the_promise(row: Row, pair: str, ours: Theatre) -> None:
+    outcome = ours.play(row, pair)
     assert outcome.holds, outcome.figure
 
 
 @pytest.mark.interop
 @every_case
-def test_pytorch_still_breaks_it(row: Row, pair: str) -> None:
-    outcome = run(row, pair, TORCH)
+def test_pytorch_still_breaks_it(row: Row, pair: str, pytorch: Theatre) -> None:
+    outcome = pytorch.play(row, pair)
     if outcome.holds:
         pytest.fail(
             f"PyTorch no longer breaks {row.id} ({outcome.figure}): "
@@ -39,15 +52,15 @@ def test_pytorch_still_breaks_it(row: Row, pair: str) -> None:
 
 
 @both_pairs
-def test_ours_kills_a_plain_hang(pair: str) -> None:
-    outcome = run(CONTROL, pair, OURS)
+def test_ours_kills_a_plain_hang(pair: str, ours: Theatre) -> None:
+    outcome = ours.play(CONTROL, pair)
     assert outcome.holds, outcome.figure
 
 
 @pytest.mark.interop
 @both_pairs
-def test_pytorch_kills_a_plain_hang(pair: str) -> None:
-    outcome = run(CONTROL, pair, TORCH)
+def test_pytorch_kills_a_plain_hang(pair: str, pytorch: Theatre) -> None:
+    outcome = pytorch.play(CONTROL, pair)
     assert outcome.holds, outcome.figure
 
 

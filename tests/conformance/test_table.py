@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from conformance.run import OURS, TORCH, Result
 from conformance.table import CASES, PAGE, cases_in, table_of, with_table
+from conformance.theatre import OURS, TORCH, Result
 
 
 def results(version: str = "2.13.0") -> list[Result]:
