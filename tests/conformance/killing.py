@@ -28,7 +28,8 @@ _LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
 def pid_reuse(stage: Stage) -> Outcome:
     """Two workers die before their time is up, and others get their pids.
 
-    One of them has armed its timer as usual, the other by a request that it made by hand.
+    One of them has armed its timer as usual, the other by a request that it made by hand. A third
+    one, also by hand, lives on, to show that such requests count.
     """
     after = 2.0
     start, die = Gate(), Gate()
@@ -45,6 +46,12 @@ def pid_reuse(stage: Stage) -> Outcome:
         die.wait()
         os._exit(0)
 
+    def overruns() -> None:
+        stage.request(os.getpid(), "step", after)
+        stage.say("armed")
+        stage.say("overruns")
+        hang()
+
     def innocent() -> None:
         stage.say("innocent")
         hang()
@@ -56,13 +63,17 @@ def pid_reuse(stage: Stage) -> Outcome:
             pid = os.wait()[0]
             start_with_pid(pid, innocent)
 
-    stage.play(armed, by_hand, then=then, max_interval=0.5)
-    stage.hear("armed", 2)
+    stage.play(armed, by_hand, overruns, then=then, max_interval=0.5)
+    stage.hear("armed", 3)
+    (said,) = stage.hear("overruns")
+    overrun = Watched(said.pid, said.at)
     time.sleep(0.3)  # the server gets the requests
     start.open()
     innocents = [Watched(said.pid) for said in stage.hear("innocent", 2)]
     killed = deaths(innocents, after + 2)
-    return Outcome(killed == 0, f"{killed} of 2 innocent processes killed")
+    ended = overrun.death_within(after + WINDOW) is not None
+    figure = f"{killed} of 2 innocent processes killed"
+    return Outcome(killed == 0 and ended, figure if ended else f"{figure}, a hung one not")
 
 
 def start_with_pid(pid: int, body: Body) -> None:

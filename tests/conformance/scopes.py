@@ -44,7 +44,7 @@ def scope_cost(stage: Stage) -> Outcome:
     stage.play(body, max_interval=SOON)
     (default,), (named,) = stage.hear("default"), stage.hear("named")
     ratio = default.value / named.value
-    figure = f"{default.value * 1e6:,.0f} µs a block, {ratio:.1f} times that of a named one"
+    figure = f"{default.value * 1e6:,.1f} µs a block, {ratio:.1f} times that of a named one"
     return Outcome(ratio < 4, figure)
 
 

@@ -39,6 +39,7 @@ def lifecycle(stage: Stage) -> Outcome:
             stage.say("hangs", note=type(error).__name__)
             hang()
 
+    # Whatever else runs for a server counts, too: a thread, or a process.
     def threads_and_children() -> int:
         return len(os.listdir("/proc/self/task")) + len(psutil.Process().children(recursive=True))
 
@@ -71,8 +72,8 @@ def lifecycle(stage: Stage) -> Outcome:
     stop = f"stop() took {stopped[0].value:.2f} s" if stopped else f"no stop() within {WINDOW:g} s"
     hung = hangs.note or death(after, WINDOW)
     holds = left.value == 0 and bool(stopped) and stopped[0].value < 3 and after is not None
-    figure = f"{left.value:.0f} threads left; {stop}; a hang after stop() and start(): {hung}"
-    return Outcome(holds, figure)
+    behind = f"{left.value:.0f} threads left behind"
+    return Outcome(holds, f"{behind}; {stop}; a hang after stop() and start(): {hung}")
 
 
 def log_storm(stage: Stage) -> Outcome:
@@ -113,7 +114,7 @@ def scan(stage: Stage) -> Outcome:
     stage.play(then=then, max_interval=SOON)
     with_few, with_many = stage.hear("round", 2)
     ratio = with_many.value / with_few.value
-    figure = f"{with_many.value * 1000:,.3f} ms a round for {many:,}, {ratio:.1f} times {few:,}'s"
+    figure = f"{with_many.value * 1000:,.3f} ms a round of {many:,} timers, {ratio:.1f} times that of {few:,}"
     return Outcome(ratio < 10, figure)
 
 

@@ -77,7 +77,7 @@ def slow_server(stage: Stage) -> Outcome:
     took = said[0].at - start
     if failed:
         return Outcome(False, f"{failed} of {blocks:,} blocks raised, first {said[0].note}")
-    return Outcome(True, f"{blocks:,} of {blocks:,} blocks entered, in {took:.2f} s")
+    return Outcome(True, f"{blocks:,} of {blocks:,} blocks entered, in {took * 1000:,.0f} ms")
 
 
 def hold_open(stage: Stage) -> Outcome:
