@@ -114,8 +114,8 @@ def scan(stage: Stage) -> Outcome:
     stage.play(then=then, max_interval=SOON)
     with_few, with_many = stage.hear("round", 2)
     ratio = with_many.value / with_few.value
-    figure = f"{with_many.value * 1000:,.3f} ms a round of {many:,} timers, {ratio:.1f} times that of {few:,}"
-    return Outcome(ratio < 10, figure)
+    cost = f"{with_many.value * 1000:,.3f} ms a round of {many:,} timers"
+    return Outcome(ratio < 10, f"{cost}, {ratio:.1f} times that of {few:,}")
 
 
 def _cost_of_a_round(stage: Stage, worker: int, count: int) -> float:
