@@ -37,7 +37,7 @@ def scope_cost(stage: Stage) -> Outcome:
 
     def body() -> None:
         # The least of some, and in turns: a busy machine slows down either.
-        both = [(cost(None), cost("step")) for _ in range(4)]
+        both = [(cost(None), cost("step")) for _ in range(15)]
         stage.say("default", min(default for default, _ in both))
         stage.say("named", min(named for _, named in both))
 
