@@ -212,15 +212,17 @@ class TimerServer(abc.ABC):
             if not again:
                 scopes = self._get_scopes(expired)
                 _log().warning("worker %s overran %s: reaping it", worker_id, scopes)
-            if self._reap_expired(worker_id, expired):
+            outcome = self._reap_expired(worker_id, expired)
+            if outcome:
                 reaped.add(worker_id)
-            elif not again:
+            elif outcome is not None and not again:
                 _log().warning("worker %s is not reaped yet: tried again each round", worker_id)
                 self._not_reaped.add(worker_id)
         self._not_reaped -= reaped
         self.clear_timers(reaped)
 
-    def _reap_expired(self, worker_id: Any, expired: list[Any]) -> bool:
+    def _reap_expired(self, worker_id: Any, expired: list[Any]) -> bool | None:
+        """Reap a worker; return whether that is done, or None if these timers never kill."""
         return self._reap_worker_no_throw(worker_id)
 
     def _reap_worker_no_throw(self, worker_id: Any) -> bool:

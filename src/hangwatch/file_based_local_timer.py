@@ -277,7 +277,7 @@ class FileTimerServer(DropInServer):
     def _reap_worker(self, worker_pid: int, signal: int = signals.SIGKILL) -> bool:
         return self._targets.reap(worker_pid, signal)
 
-    def _reap_expired(self, worker_id: int, expired: list[FileTimerRequest]) -> bool:
+    def _reap_expired(self, worker_id: int, expired: list[FileTimerRequest]) -> bool | None:
         expired.sort(key=lambda request: request.expiration_time)
         self._expired(worker_id, expired)
         for request in expired:
@@ -292,7 +292,10 @@ class FileTimerServer(DropInServer):
                 if reaped:
                     self._tell("kill worker process", request)
                 return reaped
-        return True
+        # The worker's other timers are still to be watched.
+        for request in expired:
+            self._table.drop(request)
+        return None
 
     def _expired(self, pid: int, expired: list[FileTimerRequest]) -> None:
         # Looked up when it is called, so that it can be replaced.

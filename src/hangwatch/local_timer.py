@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # A message that its sender has counted, and its feeder thread has not written yet.
 _IN_FLIGHT_FOR = 0.005
 _MOST_AT_ONCE = 100_000
+# So many in a row are the queue's fault, not that of who put them there.
+_MOST_UNREADABLE = 100
 
 
 class LocalTimerClient(DropInClient):
@@ -82,6 +84,8 @@ class MultiprocessingRequestQueue(RequestQueue):
         _check_queue(mp_queue, "get", "qsize")
         self._mp_queue = mp_queue
         self._taken: list[Any] = []
+        self._unreadable = 0
+        self._complaints = Complaints()
 
     def size(self) -> int:
         """Return how many requests there are; so many `get` returns without waiting.
@@ -91,7 +95,7 @@ class MultiprocessingRequestQueue(RequestQueue):
         until = monotonic() + _IN_FLIGHT_FOR
         while len(self._taken) < _MOST_AT_ONCE:
             try:
-                self._taken.append(self._mp_queue.get(False))
+                self._take_one(self._taken, 0.0)
             except queue.Empty:
                 if monotonic() >= until or self._mp_queue.qsize() <= 0:
                     break
@@ -104,14 +108,31 @@ class MultiprocessingRequestQueue(RequestQueue):
         requests, self._taken = self._taken[:size], self._taken[size:]
         try:
             while len(requests) < size:
-                wait = until - monotonic()
-                requests.append(self._mp_queue.get(wait > 0, max(0.0, wait)))
+                self._take_one(requests, until - monotonic())
         except queue.Empty:
             pass
         except BaseException:
             self._taken[:0] = requests
             raise
         return requests
+
+    def _take_one(self, into: list[Any], wait: float) -> None:
+        """Take one request; what can't be unpickled is dropped alone.
+
+        Raises:
+            queue.Empty: there is none within `wait` seconds.
+        """
+        try:
+            into.append(self._mp_queue.get(wait > 0, max(0.0, wait)))
+        except (queue.Empty, OSError, EOFError):
+            raise
+        except Exception as error:
+            self._unreadable += 1
+            if getattr(self._mp_queue, "_closed", False) or self._unreadable > _MOST_UNREADABLE:
+                raise
+            self._complaints.say(f"dropped what can't be unpickled: {error!r:.200}")
+        else:
+            self._unreadable = 0
 
 
 @remember("register_timers", "clear_timers", "get_expired_timers", "_reap_worker")

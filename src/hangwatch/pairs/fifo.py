@@ -8,9 +8,11 @@ several writers don't mix (pipe(7)). Unknown keys are ignored.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import select
 import stat
+import weakref
 from collections.abc import Callable
 from time import monotonic
 
@@ -45,6 +47,7 @@ class FifoRequestQueue(RequestQueue):
         self._ours: tuple[int, int] | None = None
         self._bytes = bytearray()
         self._requests: list[TimerRequest] = []
+        _all.add(self)
 
     def make(self) -> None:
         """Make the FIFO, if it is not there.
@@ -80,6 +83,12 @@ class FifoRequestQueue(RequestQueue):
             raise FileExistsError(errno.EEXIST, "this is no FIFO any more", self.path)
         self._descriptor = descriptor
         self._bytes.clear()
+
+    def forget(self) -> None:
+        """In a forked child: the FIFO is its parent's, and must not look as if it were read."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor, self._ours = -1, None
 
     def status(self) -> os.stat_result:
         """Return what the kernel says of it."""
@@ -139,11 +148,16 @@ class FifoRequestQueue(RequestQueue):
         )
 
     def _read(self) -> None:
-        while self._descriptor >= 0:
+        if self._descriptor < 0:
+            return
+        # All that is there now, and no more: a writer that never stops holds up nobody.
+        left = fcntl.fcntl(self._descriptor, fcntl.F_GETPIPE_SZ)
+        while self._descriptor >= 0 and left > 0:
             try:
                 part = os.read(self._descriptor, _MOST_BYTES)
             except BlockingIOError:
                 return
+            left -= len(part)
             *lines, rest = part.split(b"\n")
             for line in lines:
                 self._bytes += line
@@ -187,3 +201,14 @@ def write(path: str, line: str) -> None:
         os.write(descriptor, data)
     finally:
         os.close(descriptor)
+
+
+_all: weakref.WeakSet[FifoRequestQueue] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for fifo in list(_all):
+        fifo.forget()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -145,6 +145,7 @@ class DropInServer(TimerServer):
         self._table.clear(gone)
         for pid in gone | {pid for pid in self._targets.pids() if self._targets.is_gone(pid)}:
             self._targets.forget(pid)
+        self._targets.forget_refused_but(set(self._table.pids()))
 
     def get_expired_timers(self, deadline: float) -> dict[int, list[Any]]:
         """Return the timers that are due by `deadline` (epoch seconds), by process id."""

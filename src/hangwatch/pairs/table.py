@@ -30,7 +30,7 @@ class TimerTable:
         self.timers: dict[Key, Any] = {}
         self._scopes: dict[int, set[str]] = {}
         self._heap: list[tuple[float, int, Key, TimerRequest]] = []
-        self._overdue: dict[Key, TimerRequest] = {}
+        self._overdue: dict[Key, tuple[float, TimerRequest]] = {}
         self._order = 0
 
     def put(self, request: Any) -> None:
@@ -53,6 +53,12 @@ class TimerTable:
         due = monotonic() + expiration_time - time.time()
         heapq.heappush(self._heap, (due, self._order, key, request))
 
+    def drop(self, request: TimerRequest) -> None:
+        """Forget this one timer, if it is still armed."""
+        key = request.worker_id, request.scope_id
+        if self.timers.get(key) is request:
+            self._remove(key)
+
     def clear(self, pids: Iterable[int]) -> None:
         """Forget all timers of these processes."""
         for pid in list(pids):
@@ -63,12 +69,12 @@ class TimerTable:
         """Return the timers due by `deadline` (epoch seconds), the earliest first, by process."""
         by = monotonic() + deadline - time.time()
         while self._heap and self._heap[0][0] <= by:
-            _, _, key, request = heapq.heappop(self._heap)
+            due, _, key, request = heapq.heappop(self._heap)
             if self.timers.get(key) is request:
-                self._overdue[key] = request
+                self._overdue[key] = due, request
         found: dict[int, list[Any]] = {}
-        for (pid, _), request in self._overdue.items():
-            if request.expiration_time <= deadline:
+        for (pid, _), (due, request) in self._overdue.items():
+            if due <= by:
                 found.setdefault(pid, []).append(request)
         return found
 

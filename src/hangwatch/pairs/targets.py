@@ -48,12 +48,12 @@ class Targets:
         held = self._held.get(pid)
         if held is not None and not held.is_dead():
             return True
-        if held is not None:
-            self.forget(pid)
-        elif pid in self._refused:
-            return True
+        was_refused = pid in self._refused
+        self.forget(pid)
         self._hold(pid)
-        return held is None
+        # Who was refused had ended, perhaps, and now a worker has its number.
+        is_another = held is not None or (was_refused and pid in self._held)
+        return not is_another
 
     def is_gone(self, pid: int) -> bool:
         """Tell whether the process that was held under this number has ended."""
@@ -97,6 +97,10 @@ class Targets:
         """Note that all others got away: what they overrun next begins with its own signal."""
         for pid in [pid for pid in self._signalled if pid not in overdue]:
             del self._signalled[pid]
+
+    def forget_refused_but(self, armed: Container[int]) -> None:
+        """Forget who was refused and has no timers any more."""
+        self._refused = {pid for pid in self._refused if pid in armed}
 
     def pids(self) -> list[int]:
         """Return who is held."""
