@@ -135,6 +135,7 @@ class TimerServer(abc.ABC):
         self._daemon = daemon
         self._watchdog_thread: threading.Thread | None = None
         self._stopping = threading.Event()
+        self._round = _Round()
         self._not_reaped: set[Any] = set()
 
     @abc.abstractmethod
@@ -175,7 +176,8 @@ class TimerServer(abc.ABC):
     def stop(self) -> None:
         """Stop watching; returns within a second. Without a start it does nothing.
 
-        A round that waits in `RequestQueue.get` for longer ends when that returns.
+        A round that waits in `RequestQueue.get` for longer ends when that returns: it registers
+        what came, and reaps nobody.
         """
         self._stop_watching(STOP_WITHIN)
 
@@ -186,6 +188,7 @@ class TimerServer(abc.ABC):
             thread.join(max(0.0, within))
 
     def _watchdog_loop(self, stopping: threading.Event) -> None:
+        self._round.stopping = stopping
         back_off = 0.0
         while not stopping.wait(back_off):
             try:
@@ -201,7 +204,9 @@ class TimerServer(abc.ABC):
         """Go one round."""
         queue = self._request_queue
         self.register_timers(queue.get(max(1, queue.size()), self._max_interval))
-        self._reap_overdue()
+        stopping = self._round.stopping
+        if stopping is None or not stopping.is_set():
+            self._reap_overdue()
 
     def _reap_overdue(self) -> None:
         reaped = set()
@@ -235,6 +240,12 @@ class TimerServer(abc.ABC):
 
     def _get_scopes(self, timer_requests: Iterable[TimerRequest]) -> list[str]:
         return [request.scope_id for request in timer_requests]
+
+
+class _Round(threading.local):
+    """The stop of the thread that goes a round; None for a round that is gone by hand."""
+
+    stopping: threading.Event | None = None
 
 
 def _log() -> Any:
