@@ -202,6 +202,8 @@ def test_nobody_is_reaped_after_stop_returned() -> None:
     with started(server):
         queue.put(past("y"))
         wait_until(lambda: server.reaped == ["x", "y"], "what is overdue")
+        server.stop()
+        queue.put(past("z"))  # for the thread to end
 
 
 def test_a_second_start_does_nothing() -> None:
