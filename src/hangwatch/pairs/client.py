@@ -15,9 +15,9 @@ from collections.abc import Hashable
 from math import isfinite
 
 from hangwatch.overrides import is_overridden, remember
-from hangwatch.pairs.requested import Requested
+from hangwatch.pairs.requested import Requested, RequestedBlock
 from hangwatch.worker.acquired import Acquired
-from hangwatch.worker.blocks import ContractBlock, ReplacingBlock
+from hangwatch.worker.blocks import ReplacingBlock
 from hangwatch.worker.built_in_client import BuiltInClient
 from hangwatch.worker.client import WorkerClient
 from hangwatch.worker.expiration import forget_slots
@@ -104,8 +104,9 @@ class DropInClient(BuiltInClient):
     def choose(self, key: Hashable, after: object, limit: float, scope: Scope) -> Slot | Block:
         """Claim what a block is armed in; see `PageWriter.choose`."""
         worker = self._connected()
-        if worker is None:
-            return ContractBlock(self._requested, scope.name, limit)
+        # In a block that began on the legacy road, it is that one's timer that it replaces.
+        if worker is None or self._requested.holds(scope.name):
+            return RequestedBlock(self._requested, scope.name, limit)
         scope.signal = self._signal_in_page()
         slot = worker.choose((key, scope.signal), after, limit, scope)
         outer = slot.thread.innermost(scope.name)

@@ -9,29 +9,38 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from math import nan
 
 from hangwatch.worker.acquired import Holder, holder
+from hangwatch.worker.blocks import NoThread
+from hangwatch.worker.slots import VOID_SLOT, Slot
 
 RELEASE = -1.0
+_UNKNOWN = nan
+"""What the server was told last, if nobody knows whether that got there: equal to nothing."""
 _TRY_AGAIN_AFTER = 0.05
 
 
 class _Timer:
     """One block's, or one call's, timer: its limit in seconds, and when it expires (epoch)."""
 
-    __slots__ = ("expiration_time", "limit")
+    __slots__ = ("expiration_time", "holder", "limit")
 
     def __init__(self, expiration_time: float) -> None:
         self.limit = expiration_time - time.time()
         self.expiration_time = expiration_time
+        self.holder = holder()
+
+    def restart(self) -> None:
+        self.expiration_time = time.time() + self.limit
 
 
 class Requested:
     """The timers of this process on the legacy road.
 
-    It is a contract client itself, whose `acquire` and `release` pair up as blocks do: in
-    another block of the same scope and thread a block replaces that one's timer, and gives
-    it its own time anew when it ends.
+    In another block of the same scope and thread a block replaces that one's timer, and
+    gives it its own time anew when it ends; see `RequestedBlock`.
 
     Args:
         send: sends a request (scope, expiration time in epoch seconds, or `RELEASE`) without
@@ -53,27 +62,24 @@ class Requested:
     def __contains__(self, scope_id: object) -> bool:
         return scope_id in self._stacks
 
-    def acquire(self, scope_id: str, expiration_time: float) -> None:
-        """Begin a block."""
-        with self._lock:
-            mine = self._stacks.setdefault(scope_id, {}).setdefault(holder(), [])
-            mine.append(_Timer(expiration_time))
-            try:
-                self._tell(scope_id)
-            except BaseException:
-                mine.pop()
-                self._prune(scope_id)
-                raise
+    def holds(self, scope_id: str) -> bool:
+        """Tell whether the caller has a timer of that name."""
+        return holder() in self._stacks.get(scope_id, {})
 
-    def release(self, scope_id: str) -> None:
-        """End the innermost block of that scope."""
+    def begin(self, scope_id: str, timer: _Timer) -> None:
+        """Begin a block; if that raises, `end` it."""
         with self._lock:
-            mine = self._stacks.get(scope_id, {}).get(holder())
-            if not mine:
-                return
-            mine.pop()
-            if mine:
-                mine[-1] = _Timer(time.time() + mine[-1].limit)
+            self._stacks.setdefault(scope_id, {}).setdefault(timer.holder, []).append(timer)
+            self._tell(scope_id)
+
+    def end(self, scope_id: str, timer: _Timer) -> None:
+        """End a block, from whichever thread. What was interrupted may be called again."""
+        with self._lock:
+            mine = self._stacks.get(scope_id, {}).get(timer.holder, [])
+            if timer in mine:
+                if timer is mine[-1] and len(mine) > 1:
+                    mine[-2].restart()
+                mine.remove(timer)
             self._prune(scope_id)
             self._tell(scope_id)
 
@@ -111,7 +117,14 @@ class Requested:
         wanted = min(tops, default=RELEASE)
         if self._told.get(scope_id, RELEASE) == wanted and not anew:
             return
-        if self._waiting or not self._send(scope_id, wanted):
+        before = self._told.get(scope_id, RELEASE)
+        self._told[scope_id] = _UNKNOWN
+        try:
+            sent = not self._waiting and self._send(scope_id, wanted)
+        except Exception:
+            self._told[scope_id] = before
+            raise
+        if not sent:
             # A server that is slow must not hold up the worker. But a release has to get
             # there: without it, a healthy worker would be killed.
             if not self._waiting:
@@ -133,7 +146,55 @@ class Requested:
                             break
                         del self._waiting[scope_id]
                 except Exception:  # nobody is there any more who could act on it
+                    self._told.update(dict.fromkeys(self._waiting, _UNKNOWN))
                     self._waiting.clear()
                 if not self._waiting:
                     return
             time.sleep(_TRY_AGAIN_AFTER)
+
+
+class RequestedBlock:
+    """A block on the legacy road; see `worker.blocks.Block`."""
+
+    thread = NoThread
+
+    def __init__(self, requested: Requested, scope: str, limit: float) -> None:
+        self._requested = requested
+        self._scope = scope
+        self._limit = limit
+        self._timer: _Timer | None = None
+
+    def nest(self, block: object) -> Slot:
+        """Ask for the timer; the slot that is armed then is nobody's."""
+        try:
+            self._timer = timer = _Timer(time.time() + self._limit)
+            self._requested.begin(self._scope, timer)
+        except BaseException:
+            with suppress(Exception):
+                self._end()
+            raise
+        return VOID_SLOT
+
+    def exit(self, kind: object, error: object, traceback: object) -> None:
+        """Give it back; the body's own exception always wins."""
+        try:
+            self._end()
+        except Exception:
+            if kind is None:
+                raise
+            import logging
+
+            logging.getLogger("hangwatch").warning(
+                "hangwatch: release(%r) failed after the block had failed",
+                self._scope,
+                exc_info=True,
+            )
+        except BaseException:
+            # An interruption: the server would end a healthy worker for it.
+            with suppress(Exception):
+                self._end()
+            raise
+
+    def _end(self) -> None:
+        if self._timer is not None:
+            self._requested.end(self._scope, self._timer)
