@@ -117,6 +117,13 @@ class ReplacingBlock:
 
     def exit(self, kind: object, error: object, traceback: object) -> None:
         """Give the outer block its own time anew."""
-        self._inner.exit(kind, error, traceback)
+        try:
+            self._end()
+        except BaseException:  # an interruption: neither may stay as it is
+            self._end()
+            raise
+
+    def _end(self) -> None:
+        self._inner.exit(None, None, None)
         if self._outer.is_open(self._outer_entry):
             self._outer.restart()
