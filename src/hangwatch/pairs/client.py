@@ -112,6 +112,13 @@ class DropInClient(BuiltInClient):
         outer = slot.thread.innermost(scope.name)
         return slot if outer is None else ReplacingBlock(outer, slot)
 
+    def _lost(self) -> None:
+        """Look for the watcher of a server that was started anew."""
+        forget_slots()
+        link = self._link()
+        if self._worker is not None and link is not None:
+            self._worker.move(link)
+
     def _connected(self) -> WorkerClient | None:
         """Return the native road, if there is one."""
         worker = self._worker
@@ -121,7 +128,7 @@ class DropInClient(BuiltInClient):
         if link is None or not os.path.lexists(link):
             return None
         if worker is None or worker.address != link:
-            self._worker = worker = WorkerClient(link, on_lost=forget_slots)
+            self._worker = worker = WorkerClient(link, on_lost=self._lost)
         worker.try_to_connect()
         return worker if worker.is_connected else None
 

@@ -29,7 +29,7 @@ class WorkerClient:
 
     Args:
         address: path of the watcher's socket, or ``off``.
-        on_lost: called when the watcher turns out to be gone.
+        on_lost: called when the watcher turns out to be gone; it may `move` this client.
     """
 
     def __init__(self, address: str, on_lost: Callable[[], None] = lambda: None) -> None:
@@ -88,12 +88,11 @@ class WorkerClient:
                 self._warn_once("connect", str(problem))
         elif not watcher.ring():
             self._socket = None
+            self._try_at = monotonic() + _TRY_AGAIN_AFTER
+            self._warned.discard("connect")
             watcher.close()
             self._on_lost()
-            # Another one may have taken its place already.
-            self._try_at = 0.0
-            if self.try_to_connect() is not None:
-                self._warned.discard("connect")
+            if not self.is_connected:
                 self._warn_once("lost", "the watcher is gone")
 
     @property
@@ -114,6 +113,12 @@ class WorkerClient:
             self._try_at = monotonic() + _TRY_AGAIN_AFTER
             return error
         return None
+
+    def move(self, address: str) -> None:
+        """Connect to another watcher at once, if there is one: what is armed stays watched."""
+        self.address = address
+        self._try_at = 0.0
+        self.try_to_connect()
 
     def connect(self) -> None:
         """Hand the page to the watcher.
