@@ -108,9 +108,10 @@ class FileTimerClient(DropInClient):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._file_path!r}, {self._state()}>"
 
+    def _may_connect(self) -> bool:
+        return not is_overridden(self, "_send_request")
+
     def _link(self) -> str | None:
-        if is_overridden(self, "_send_request"):
-            return None
         try:
             return place.link_of(os.stat(self._file_path))
         except OSError:
@@ -226,8 +227,8 @@ class FileTimerServer(DropInServer):
         What a watcher has begun by then, a report for example, it ends by itself. Without a
         start it only removes the FIFO; in a forked child it does nothing.
         """
-        self._end()
-        self._tell("watchdog stopped", None)
+        if self._end():
+            self._tell("watchdog stopped", None)
 
     def run_once(self) -> None:
         """Take what is in the FIFO, go one last round, and stop."""
@@ -258,10 +259,12 @@ class FileTimerServer(DropInServer):
         """
         return int(self._last_progress if self._joined else time.time())
 
-    def _end(self) -> None:
-        if self._owner == os.getpid():
-            super().stop()
-            self._fifo.close()
+    def _end(self) -> bool:
+        if self._owner != os.getpid():
+            return False
+        super().stop()
+        self._fifo.close()
+        return True
 
     def _link(self) -> str | None:
         return place.link_of(self._fifo.status())

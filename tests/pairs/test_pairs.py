@@ -258,6 +258,17 @@ class TestBothRoads:
         assert exit_status(worker) == KILLED
         assert said.is_set()  # it was not killed before the last block
 
+    def test_whatever_finds_the_block_its_scope_s_outer_one_is_replaced(
+        self, pair: Pair, road: str
+    ) -> None:
+        assert exit_status(pair.worker(_same_scope_in_two_ways, pair.place)) == 0
+
+    def test_the_server_s_own_process_is_never_killed(self, pair: Pair, road: str) -> None:
+        child = pair.worker(behave, 2.5)  # whatever descends from us isn't, either
+        with hangwatch.expires(0.2, "own", pair.client()):
+            time.sleep(1.5)
+        assert exit_status(child) == 0
+
     def test_a_call_replaces_and_a_release_ends_it(self, pair: Pair, road: str) -> None:
         assert exit_status(pair.worker(_call_by_hand, pair.place)) == 0
 
@@ -304,6 +315,18 @@ def _recurse(said: threading.Event) -> None:
         time.sleep(0.1)
         said.set()
         time.sleep(30)
+
+
+def _same_scope_in_two_ways(where: object) -> None:
+    client = client_at(where)
+    hangwatch.configure(client)
+    for _ in range(3):
+        with hangwatch.expires(30, "s", client=client):
+            pass
+    with hangwatch.expires(1.0, "s"):
+        with hangwatch.expires(30, "s", client=client):
+            time.sleep(1.5)
+        time.sleep(0.1)
 
 
 def _call_by_hand(where: object) -> None:

@@ -108,6 +108,7 @@ def run(
 @_expiry_options
 @click.option("--lifeline", type=int, hidden=True)
 @click.option("--events", type=int, hidden=True)
+@click.option("--spare", type=int, default=0, hidden=True)
 def serve(
     address: str | None,
     report_dir: str | None,
@@ -116,6 +117,7 @@ def serve(
     tree: bool,
     lifeline: int | None,
     events: int | None,
+    spare: int,
 ) -> None:
     """Watch the workers that connect, until told to stop.
 
@@ -130,6 +132,7 @@ def serve(
         tree=tree,
         report_dir=None if report_dir is None else os.path.abspath(report_dir),
         allowed_uids=frozenset({os.geteuid()}),
+        spared_pid=spare,
     )
     try:
         watch(address, settings, lifeline, events)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 from hangwatch.errors import LaunchError
@@ -28,6 +29,7 @@ class WatcherProcess:
         tree: whether a worker's descendants are killed with it.
         at: where it listens; by default at an address of its own.
         events: a socket that it tells `Event`s to; still the caller's afterwards.
+        spares_us: whether this process itself is never signalled, whatever it overruns.
 
     Raises:
         LaunchError: it did not become ready: its message says why.
@@ -41,15 +43,19 @@ class WatcherProcess:
         tree: bool = True,
         at: str | None = None,
         events: int | None = None,
+        spares_us: bool = False,
     ) -> None:
         self.address = os.path.abspath(at or address.private_address())
         arguments = ["--address", self.address, "--on-expiry", OnExpiry(on_expiry).value]
         arguments += ["--grace", repr(float(grace)), "--tree" if tree else "--no-tree"]
         if report_dir is not None:
             arguments += ["--report-dir", os.path.abspath(report_dir)]
+        if spares_us:
+            arguments += ["--spare", str(os.getpid())]
         if events is not None:
             arguments += ["--events", str(events)]
         lifeline, self._lifeline = os.pipe()
+        _all.add(self)
         # An abstract name: no file, no folder, nothing that can be too long; unix(7).
         name = f"hangwatch-{os.getpid()}-{secrets.token_hex(8)}"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
@@ -143,3 +149,15 @@ def _environment(notify: str) -> dict[str, str]:
     paths = [found_in, *filter(None, [environment.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     return environment
+
+
+_all: weakref.WeakSet[WatcherProcess] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    # A child that lives on must not look like the launcher.
+    for process in list(_all):
+        process._close()
+
+
+os.register_at_fork(after_in_child=_after_fork)

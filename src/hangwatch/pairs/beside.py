@@ -44,7 +44,7 @@ class WatcherBeside:
         self._events, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
-                self._process = WatcherProcess(report_dir, events=theirs.fileno())
+                self._process = WatcherProcess(report_dir, events=theirs.fileno(), spares_us=True)
             try:
                 check_folder(known_folder())
                 place.sweep()
@@ -89,5 +89,5 @@ class WatcherBeside:
                     return
                 try:
                     self._on_event(json.loads(message))
-                except Exception:
+                except BaseException:  # a callback's sys.exit() must not end this thread
                     _log.exception("what the watcher tells could not be passed on")

@@ -59,6 +59,10 @@ class DropInClient(BuiltInClient):
     def _send(self, scope_id: str, expiration_time: float) -> bool:
         """Send a request over the pair's transport, as `Requested` wants it."""
 
+    def _may_connect(self) -> bool:
+        """Tell whether nobody wants to see what goes the legacy road."""
+        return True
+
     def _state(self) -> str:
         connected = self._worker is not None and self._worker.is_connected
         return "connected to a watcher" if connected else "not connected to a watcher"
@@ -88,7 +92,7 @@ class DropInClient(BuiltInClient):
         slot = worker.choose(("acquired", id(self), scope_id, signal), after, after, scope)
         self._acquired.release(scope_id)
         self._acquired.add(scope_id, slot)
-        if scope_id in self._requested:  # from before there was a watcher
+        if self._requested.holds(scope_id):  # from before there was a watcher
             self._requested.drop(scope_id)
 
     def release(self, scope_id: str) -> None:
@@ -108,6 +112,7 @@ class DropInClient(BuiltInClient):
         if worker is None or self._requested.holds(scope.name):
             return RequestedBlock(self._requested, scope.name, limit)
         scope.signal = self._signal_in_page()
+        scope.independent = False
         slot = worker.choose((key, scope.signal), after, limit, scope)
         outer = slot.thread.innermost(scope.name)
         return slot if outer is None else ReplacingBlock(outer, slot)
@@ -121,6 +126,8 @@ class DropInClient(BuiltInClient):
 
     def _connected(self) -> WorkerClient | None:
         """Return the native road, if there is one."""
+        if not self._may_connect():
+            return None
         worker = self._worker
         if worker is not None and worker.is_connected:
             return worker

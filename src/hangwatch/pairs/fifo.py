@@ -83,6 +83,7 @@ class FifoRequestQueue(RequestQueue):
             raise FileExistsError(errno.EEXIST, "this is no FIFO any more", self.path)
         self._descriptor = descriptor
         self._bytes.clear()
+        self._requests.clear()
 
     def forget(self) -> None:
         """In a forked child: the FIFO is its parent's, and must not look as if it were read."""
@@ -96,9 +97,9 @@ class FifoRequestQueue(RequestQueue):
 
     def close(self) -> None:
         """Close it, and remove it if we made it."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
         try:
             status = os.lstat(self.path)
             if (status.st_dev, status.st_ino) == self._ours:
@@ -114,10 +115,10 @@ class FifoRequestQueue(RequestQueue):
 
     def get(self, size: int, timeout: float) -> list[TimerRequest]:
         """Take at most `size` requests, waiting `timeout` seconds for the first."""
-        self.open()
         until = monotonic() + timeout
         poll = select.poll()
-        poll.register(self._descriptor, select.POLLIN)
+        if self._descriptor >= 0:  # else it was closed meanwhile
+            poll.register(self._descriptor, select.POLLIN)
         while True:
             self._read()
             wait = until - monotonic()
@@ -168,19 +169,21 @@ class FifoRequestQueue(RequestQueue):
                 del self._bytes[: -select.PIPE_BUF]
 
     def _take(self, line: bytes) -> None:
-        # Before a whole line may stand what another writer did not finish.
         import json  # takes long, and a worker, which only writes, needs none of it
 
-        beginning = max(line.rfind(_BEGINNING), 0)
-        try:
-            if len(line) - beginning >= select.PIPE_BUF:
-                raise ValueError(f"it is longer than {select.PIPE_BUF} bytes")
-            request = self._parse(json.loads(line[beginning:]))
-        except (ValueError, RecursionError) as error:
-            self._complaints.say(f"dropped a line of the FIFO {self.path}: {error}")
-            return
-        self.lines_read += 1
-        self._requests.append(request)
+        # Before a whole line may stand what another writer did not finish.
+        for beginning in dict.fromkeys((0, max(line.rfind(_BEGINNING), 0))):
+            try:
+                if len(line) - beginning >= select.PIPE_BUF:
+                    raise ValueError(f"it is longer than {select.PIPE_BUF} bytes")
+                request = self._parse(json.loads(line[beginning:]))
+            except (ValueError, RecursionError) as error:
+                problem = error
+            else:
+                self.lines_read += 1
+                self._requests.append(request)
+                return
+        self._complaints.say(f"dropped a line of the FIFO {self.path}: {problem}")
 
 
 def write(path: str, line: str) -> None:

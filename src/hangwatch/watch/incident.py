@@ -228,8 +228,12 @@ class Incident:
         return outcome or Outcome.UNKILLABLE
 
     def _reaps(self) -> bool:
-        on_expiry = self._around.settings.on_expiry
-        return on_expiry is OnExpiry.REAP and self.verdict.signal != page.NEVER_KILL
+        settings, verdict = self._around.settings, self.verdict
+        return (
+            settings.on_expiry is OnExpiry.REAP
+            and verdict.signal != page.NEVER_KILL
+            and verdict.worker.identity.pid != settings.spared_pid
+        )
 
     def _leave_error_file(self) -> Generator[float, None, ErrorFile | None]:
         """Tell the worker's launcher why it dies, before it does."""

@@ -25,6 +25,7 @@ class Settings:
         tree: whether the worker's descendants are killed with it.
         report_dir: absolute path of the report folder; None keeps no reports.
         allowed_uids: the users whose processes are watched.
+        spared_pid: a process that is reported on and never signalled; 0: none.
     """
 
     on_expiry: OnExpiry
@@ -32,3 +33,4 @@ class Settings:
     tree: bool
     report_dir: str | None
     allowed_uids: frozenset[int]
+    spared_pid: int = 0

@@ -374,7 +374,7 @@ class Watcher:
     def spared(self, worker: Watched) -> set[int]:
         """Return the processes that no kill of this worker may reach."""
         watched = {other.identity.pid for other in self._workers.values() if other is not worker}
-        return watched | {self._keeper_pid, os.getpid()}
+        return watched | {self._keeper_pid, os.getpid(), self.settings.spared_pid}
 
     def others(self, worker: Watched) -> list[OtherWorker]:
         """Say what the other workers are doing."""

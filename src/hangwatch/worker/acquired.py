@@ -32,9 +32,7 @@ class Acquired:
 
     def add(self, scope_id: str, slot: Slot) -> None:
         """Arm a slot that was claimed for `scope_id`."""
-        if self._pid != os.getpid():
-            # A forked child: what its parent acquired is nothing of its own.
-            self._exits, self._pid = {}, os.getpid()
+        self._forget_parent()
         held = holder(), slot.exit
         self._exits.setdefault(scope_id, []).append(held)
         try:
@@ -53,6 +51,7 @@ class Acquired:
         Returns:
             Whether there was one.
         """
+        self._forget_parent()
         exits = self._exits.get(scope_id, [])
         mine = [held for held in exits if held[0] == holder()]
         for held in reversed(mine or (exits if anyones else [])):
@@ -65,3 +64,8 @@ class Acquired:
                 self._exits.pop(scope_id, None)
             return True
         return False
+
+    def _forget_parent(self) -> None:
+        if self._pid != os.getpid():
+            # A forked child: what its parent acquired is nothing of its own.
+            self._exits, self._pid = {}, os.getpid()

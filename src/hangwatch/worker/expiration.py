@@ -158,16 +158,17 @@ class Expiration:
     def _look_up_exit(self) -> Callable[..., None]:
         try:
             slot = _local.slots[self._key]
-            # No calls: from the look to the claim, no other thread may take the slot.
-            if (
-                slot.after is self._after
-                and slot.words[slot.deadline_at] == 0.0
-                and self._slot is _FRESH
-            ):
-                slot.entry += 1.0
-                slot.block = self
-                self._slot = slot
-                return slot.exit
+            if slot.independent or slot.is_alone_in_scope():
+                # No calls: from the look to the claim, no other thread may take the slot.
+                if (
+                    slot.after is self._after
+                    and slot.words[slot.deadline_at] == 0.0
+                    and self._slot is _FRESH
+                ):
+                    slot.entry += 1.0
+                    slot.block = self
+                    self._slot = slot
+                    return slot.exit
         except (KeyError, TypeError):
             pass
         unheld = self._unheld_slot()

@@ -29,9 +29,10 @@ class Scope:
         is_place: whether it is a file and line, whose end tells more than its beginning.
         keeps: what its key speaks of by identity, to be kept alive.
         signal: what an overrun sends first, `page.NEVER_KILL`, or 0 for the watcher's choice.
+        independent: see `Slot`.
     """
 
-    __slots__ = ("is_place", "keeps", "name", "signal")
+    __slots__ = ("independent", "is_place", "keeps", "name", "signal")
 
     def __init__(
         self, name: str, is_place: bool = False, keeps: object = None, signal: int = 0
@@ -40,6 +41,7 @@ class Scope:
         self.is_place = is_place
         self.keeps = keeps
         self.signal = signal
+        self.independent = True
 
 
 class Slot:
@@ -56,6 +58,8 @@ class Slot:
             moment a block chose this slot until it is armed.
         exit: disarms in one call of C code, so that nothing can interrupt it halfway.
         ring: tells the watcher; for when its promise does not cover a deadline.
+        independent: whether other blocks of this scope, open in the same thread, are nothing to
+            it; else one must be looked for, unless it is alone.
         enclosing: the slot of the open block around this one, of entry `enclosing_entry`.
     """
 
@@ -68,6 +72,7 @@ class Slot:
         "entry",
         "entry_at",
         "exit",
+        "independent",
         "index",
         "key",
         "limit",
@@ -103,6 +108,7 @@ class Slot:
         self.after = after
         self.limit = limit
         self.scope = scope
+        self.independent = scope.independent
         self.block: object = None
         self.entry = page.next_generation(self.words[self.entry_at])
         self.enclosing: Slot | None = None
@@ -154,6 +160,11 @@ class Slot:
         self.words[self.deadline_at] = deadline = now + self.limit
         if not now < self.words[page.WATCH_UNTIL] <= deadline:
             self.ring()
+
+    def is_alone_in_scope(self) -> bool:
+        """Tell whether no block of this scope is open in this thread, or task."""
+        thread = self.thread
+        return thread.alone is self or thread.innermost(self.scope.name) is None
 
     def nest(self, block: object) -> Slot:
         """Note which open block of this thread, or asyncio task, is around this one."""
