@@ -170,6 +170,36 @@ class TestTheLegacyRoad:
         finally:
             server.stop()
 
+    def test_a_worker_that_is_not_reaped_is_tried_again(self, tmp_path: Path) -> None:
+        tried = []
+
+        class Server(hangwatch.FileTimerServer):
+            def _reap_worker(self, worker_pid: int, signal: int = 0) -> bool:
+                tried.append((worker_pid, signal))
+                return len(tried) > 3 and super()._reap_worker(worker_pid, signal)
+
+        server = Server(str(tmp_path / "fifo"), "run", 0.05, report_dir=None)
+        server.start()
+        try:
+            worker = SPAWN.Process(target=_hang_on, args=(str(tmp_path / "fifo"),))
+            worker.start()
+            assert exit_status(worker) == KILLED
+        finally:
+            server.stop()
+        assert tried[:4] == [(worker.pid, signal.SIGKILL)] * 4
+
+    def test_a_process_that_we_may_not_signal_is_running(self) -> None:
+        ask = hangwatch.FileTimerServer.is_process_running
+        assert not ask(0)
+        assert not ask(-1)
+        child = os.fork()
+        if child == 0:
+            if os.geteuid() == 0:
+                os.setresuid(65534, 65534, 65534)
+            os._exit(0 if ask(1) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert not ask(child)
+
     def test_a_manager_s_queue_has_no_other_road(self) -> None:
         with SPAWN.Manager() as manager:
             queue = manager.Queue()
