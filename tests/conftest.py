@@ -6,11 +6,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import hypothesis
 import pytest
 
 import hangwatch
 from hangwatch.worker import expiration
 from support.watchers import RunningWatcher
+
+# How long a draw takes says how busy the machine is, not how good the test is.
+hypothesis.settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy")
 
 
 class StartWatcher(Protocol):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import hangwatch
+from support.watchers import PATIENCE
 
+KILLED = -signal.SIGKILL
 SPAWN = multiprocessing.get_context("spawn")
 Server = hangwatch.LocalTimerServer | hangwatch.FileTimerServer
 
@@ -86,19 +89,21 @@ def behave(seconds: float = 0.5) -> None:
             time.sleep(0.001)
 
 
-def recurse() -> None:
-    """Nest blocks of one scope whose time together exceeds the limit of each; then hang."""
+def ignore_sigterm(path: str) -> None:
+    """Overrun a block whose signal is SIGTERM, which does nothing here."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    hangwatch.configure(hangwatch.FileTimerClient(path, signal=signal.SIGTERM))
+    hang()
 
-    def nested(depth: int) -> None:
-        with hangwatch.expires(after=1.0, scope="recursive"):
-            if depth:
-                nested(depth - 1)
-            time.sleep(0.6)
 
-    nested(3)
-    with hangwatch.expires(after=0.5, scope="outer"):
-        with hangwatch.expires(after=20, scope="outer"):
-            time.sleep(0.7)
-        print("inner ended", flush=True)
-        os.write(1, b"")
-        time.sleep(30)
+def exit_status(process: BaseProcess) -> int | None:
+    """Wait for a worker's end."""
+    process.join(PATIENCE)
+    return process.exitcode
+
+
+def take_the_legacy_road(pair: Pair) -> None:
+    """Start the server without a watcher beside it."""
+    pair.server._keeps_its_own_way = lambda: True  # type: ignore[method-assign]
+    pair.server.start()
+    assert pair.server._beside is None

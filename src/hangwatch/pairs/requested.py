@@ -13,7 +13,7 @@ from contextlib import suppress
 from math import nan
 
 from hangwatch.worker.acquired import Holder, holder
-from hangwatch.worker.blocks import NoThread
+from hangwatch.worker.blocks import CallingBlock
 from hangwatch.worker.slots import VOID_SLOT, Slot
 
 RELEASE = -1.0
@@ -153,48 +153,38 @@ class Requested:
             time.sleep(_TRY_AGAIN_AFTER)
 
 
-class RequestedBlock:
-    """A block on the legacy road; see `worker.blocks.Block`."""
-
-    thread = NoThread
+class RequestedBlock(CallingBlock):
+    """A block on the legacy road."""
 
     def __init__(self, requested: Requested, scope: str, limit: float) -> None:
+        super().__init__(scope, limit)
         self._requested = requested
-        self._scope = scope
-        self._limit = limit
         self._timer: _Timer | None = None
 
     def nest(self, block: object) -> Slot:
         """Ask for the timer; the slot that is armed then is nobody's."""
         try:
-            self._timer = timer = _Timer(time.time() + self._limit)
-            self._requested.begin(self._scope, timer)
+            self._timer = timer = _Timer(time.time() + self.limit)
+            self._requested.begin(self.scope, timer)
         except BaseException:
             with suppress(Exception):
-                self._end()
+                self.end()
             raise
         return VOID_SLOT
 
     def exit(self, kind: object, error: object, traceback: object) -> None:
         """Give it back; the body's own exception always wins."""
         try:
-            self._end()
+            super().exit(kind, error, traceback)
         except Exception:
-            if kind is None:
-                raise
-            import logging
-
-            logging.getLogger("hangwatch").warning(
-                "hangwatch: release(%r) failed after the block had failed",
-                self._scope,
-                exc_info=True,
-            )
+            raise
         except BaseException:
             # An interruption: the server would end a healthy worker for it.
             with suppress(Exception):
-                self._end()
+                self.end()
             raise
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Give the timer back; twice does no harm."""
         if self._timer is not None:
-            self._requested.end(self._scope, self._timer)
+            self._requested.end(self.scope, self._timer)
