@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+import hangwatch
+from hangwatch.api import TimerRequest
 from hangwatch.pairs.targets import RefusedError, hold_descendant
 from support.namespaces import run_alone
 
@@ -122,6 +126,19 @@ print("held")
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may choose the next process id")
 def test_who_gets_a_dead_worker_s_number_is_not_killed(tmp_path: Path) -> None:
     assert "held" in run_alone(REUSED, str(tmp_path))
+
+
+def test_what_is_refused_stays_in_sight_until_it_is_due(caplog: pytest.LogCaptureFixture) -> None:
+    server = hangwatch.LocalTimerServer(multiprocessing.Queue(), 0.01, report_dir=None)
+    server.register_timers([TimerRequest(-3, scope, time.time() + 60) for scope in ("one", "two")])
+    assert sorted(server._timers) == [(-3, "one"), (-3, "two")]
+    server._run_watchdog()
+    assert sorted(server._timers) == [(-3, "one"), (-3, "two")]
+    assert "refused a timer that would end process -3" in caplog.text
+    server.register_timers([TimerRequest(-3, "one", time.time() - 1)])
+    server._run_watchdog()
+    assert server._timers == {}
+    assert "reaping" not in caplog.text
 
 
 class TestWhoMayBeHeld:
