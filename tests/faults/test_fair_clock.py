@@ -69,19 +69,21 @@ def test_a_pause_of_all_costs_the_overdue_one_settling_time(start_watcher: Start
 
 def test_a_pause_of_the_watcher_alone_extends_nothing(start_watcher: StartWatcher) -> None:
     watcher = start_watcher()
-    worker = start(watcher, WAITS)
-    pid = watcher.pid
-    time.sleep(1)
-    stop(pid)
-    assert worker.wait(30) == -9
-    assert not is_alive(pid), "it was replaced"
-    (killed,) = [
-        action["at_s"]
-        for action in watcher.report(pid=worker.pid)["actions"]
-        if action["action"] == "SIGKILL"
-    ]
-    assert killed < 0.9, "without a settling time"
-    worker.communicate()
+    killed = []
+    # A settling time would be a second each time; a busy machine may cost as much once.
+    while not killed or (killed[-1] >= 0.9 and len(killed) < 4):
+        with start(watcher, WAITS) as worker:
+            pid = watcher.pid
+            time.sleep(1)
+            stop(pid)
+            assert worker.wait(30) == -9
+            assert not is_alive(pid), "it was replaced"
+            killed += [
+                action["at_s"]
+                for action in watcher.report(pid=worker.pid)["actions"]
+                if action["action"] == "SIGKILL"
+            ]
+    assert killed[-1] < 0.9, "without a settling time"
 
 
 def test_workers_that_were_stopped_alone_are_overdue(start_watcher: StartWatcher) -> None:
