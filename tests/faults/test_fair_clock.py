@@ -69,7 +69,7 @@ def test_a_pause_of_all_costs_the_overdue_one_settling_time(start_watcher: Start
 
 def test_a_pause_of_the_watcher_alone_extends_nothing(start_watcher: StartWatcher) -> None:
     watcher = start_watcher()
-    killed = []
+    killed: list[float] = []
     # A settling time would be a second each time; a busy machine may cost as much once.
     while not killed or (killed[-1] >= 0.9 and len(killed) < 4):
         with start(watcher, WAITS) as worker:
