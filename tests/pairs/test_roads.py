@@ -202,6 +202,17 @@ class TestTheLegacyRoad:
             finally:
                 server.stop()
 
+    def test_a_worker_survives_a_server_that_stops_in_the_middle_of_a_block(
+        self, pair: Pair
+    ) -> None:
+        take_the_legacy_road(pair)
+        ready, go = SPAWN.Event(), SPAWN.Event()
+        worker = pair.worker(_wait_in_a_block, ready, go)
+        assert ready.wait(PATIENCE)
+        pair.server.stop()
+        go.set()
+        assert exit_status(worker) == 0
+
     def test_dead_workers_timers_are_forgotten(self, pair: Pair) -> None:
         take_the_legacy_road(pair)
         try:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from math import nan
 
 from hangwatch.worker.acquired import Holder, holder
-from hangwatch.worker.blocks import CallingBlock
+from hangwatch.worker.blocks import NoThread
 from hangwatch.worker.slots import VOID_SLOT, Slot
 
 RELEASE = -1.0
@@ -153,38 +153,44 @@ class Requested:
             time.sleep(_TRY_AGAIN_AFTER)
 
 
-class RequestedBlock(CallingBlock):
-    """A block on the legacy road."""
+class RequestedBlock:
+    """A block on the legacy road; see `worker.blocks.Block`."""
+
+    thread = NoThread
 
     def __init__(self, requested: Requested, scope: str, limit: float) -> None:
-        super().__init__(scope, limit)
         self._requested = requested
+        self._scope = scope
+        self._limit = limit
         self._timer: _Timer | None = None
 
     def nest(self, block: object) -> Slot:
         """Ask for the timer; the slot that is armed then is nobody's."""
         try:
-            self._timer = timer = _Timer(time.time() + self.limit)
-            self._requested.begin(self.scope, timer)
+            self._timer = timer = _Timer(time.time() + self._limit)
+            self._requested.begin(self._scope, timer)
         except BaseException:
             with suppress(Exception):
-                self.end()
+                self._end()
             raise
         return VOID_SLOT
 
     def exit(self, kind: object, error: object, traceback: object) -> None:
-        """Give it back; the body's own exception always wins."""
+        """Give it back. A server that is gone by now has nothing to be given back."""
         try:
-            super().exit(kind, error, traceback)
-        except Exception:
-            raise
+            self._end()
+        except Exception as problem:
+            import logging
+
+            logging.getLogger("hangwatch").warning(
+                "hangwatch: the end of block %r could not be told: %s", self._scope, problem
+            )
         except BaseException:
             # An interruption: the server would end a healthy worker for it.
             with suppress(Exception):
-                self.end()
+                self._end()
             raise
 
-    def end(self) -> None:
-        """Give the timer back; twice does no harm."""
+    def _end(self) -> None:
         if self._timer is not None:
-            self._requested.end(self.scope, self._timer)
+            self._requested.end(self._scope, self._timer)

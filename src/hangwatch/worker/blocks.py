@@ -48,41 +48,15 @@ class NoThread:
     alone = None
 
 
-class CallingBlock:
-    """A block that begins and ends by calls that may fail."""
+class ContractBlock:
+    """A block whose client is called as the contract says, once a block."""
 
     thread = NoThread
 
-    def __init__(self, scope: str, limit: float) -> None:
+    def __init__(self, client: ContractClient, scope: str, limit: float) -> None:
+        self.client = client
         self.scope = scope
         self.limit = limit
-
-    def end(self) -> None:
-        """End; may raise."""
-        raise NotImplementedError
-
-    def exit(self, kind: object, error: object, traceback: object) -> None:
-        """End; the body's own exception always wins."""
-        try:
-            self.end()
-        except Exception:
-            if kind is None:
-                raise
-            import logging
-
-            logging.getLogger("hangwatch").warning(
-                "hangwatch: release(%r) failed after the block had failed",
-                self.scope,
-                exc_info=True,
-            )
-
-
-class ContractBlock(CallingBlock):
-    """A block whose client is called as the contract says, once a block."""
-
-    def __init__(self, client: ContractClient, scope: str, limit: float) -> None:
-        super().__init__(scope, limit)
-        self.client = client
 
     def nest(self, block: object) -> Slot:
         """Acquire; the slot that is armed then is nobody's."""
@@ -97,9 +71,20 @@ class ContractBlock(CallingBlock):
             raise
         return VOID_SLOT
 
-    def end(self) -> None:
-        """Release."""
-        self.client.release(self.scope)
+    def exit(self, kind: object, error: object, traceback: object) -> None:
+        """Release; the body's own exception always wins."""
+        try:
+            self.client.release(self.scope)
+        except Exception:
+            if kind is None:
+                raise
+            import logging
+
+            logging.getLogger("hangwatch").warning(
+                "hangwatch: release(%r) failed after the block had failed",
+                self.scope,
+                exc_info=True,
+            )
 
 
 class ReplacingBlock:
