@@ -128,6 +128,7 @@ say("ready")
 while True:
     client.acquire("scope", time.time() + 600)
     client.release("scope")
+    client._socket.sendto(b"none that counts", sys.argv[1])
 """)
     expect(worker, "ready")
     seen = 0
@@ -281,6 +282,43 @@ def test_the_server_does_not_end_itself(queue: Any, client: Any) -> None:
     server = pair.DatagramTimerServer(queue, 0.01)
     server._run_watchdog()
     assert server._timers == {}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may choose the next process id")
+def test_who_gets_a_dead_worker_s_number_is_somebody_else(tmp_path: Path) -> None:
+    run_alone(
+        PRELUDE
+        + """
+def worker_300(after):
+    # proc_sys_kernel: the next process of this namespace gets the number after it.
+    with open("/proc/sys/kernel/ns_last_pid", "w") as last: last.write("299")
+    made = os.fork()
+    if made == 0:
+        DatagramTimerClient(path).acquire("work", time.time() + after)
+        signal.pause()
+    assert made == 300, made
+    while not queue.size(): time.sleep(0.01)
+    server._run_watchdog()
+
+path = sys.argv[1]
+queue = DatagramRequestQueue(path)
+server = DatagramTimerServer(queue, 0.01)
+worker_300(after=1)
+first = server._timers[300][0].expiration_time
+os.kill(300, signal.SIGKILL)
+os.waitpid(300, 0)
+worker_300(after=600)
+time.sleep(max(0, first - time.time()) + 0.01)
+server._run_watchdog()
+assert len(server._timers[300]) == 1, server._timers
+assert os.waitpid(300, os.WNOHANG) == (0, 0), "it was killed for the dead one's timer"
+server._timers[300][0].expiration_time = first
+server._run_watchdog()
+_, status = os.waitpid(300, 0)
+assert os.WTERMSIG(status) == signal.SIGKILL
+""",
+        str(tmp_path / "timers"),
+    )
 
 
 def test_who_does_not_die_is_tried_again_until_its_death_is_confirmed(tmp_path: Path) -> None:
