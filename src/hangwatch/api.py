@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 STOP_WITHIN = 0.9
 """Seconds that `TimerServer.stop` waits for the round under way."""
-_FIRST_BACK_OFF, _LONGEST_BACK_OFF = 0.1, 60.0
+_FIRST_BACK_OFF, _LONGEST_BACK_OFF = 0.1, 10.0
 
 
 class TimerRequest:

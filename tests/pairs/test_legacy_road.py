@@ -185,3 +185,16 @@ def test_what_can_t_be_unpickled_is_dropped_alone() -> None:
         server.stop()
     assert server._watchdog_thread is None
     assert threading.active_count() < 10
+
+
+def test_a_queue_that_fails_ends_nobody_s_protection() -> None:
+    queue: mp.Queue[object] = _CONTEXT.Queue()
+    server = LegacyLocalServer(queue, max_interval=0.1)
+    server.start()
+    try:
+        with subprocess.Popen(["sleep", "60"]) as worker:
+            server.register_timers([TimerRequest(worker.pid, "hang", time.time() + 0.5)])
+            queue.close()
+            assert worker.wait(20) == -signal.SIGKILL
+    finally:
+        server.stop()

@@ -168,8 +168,11 @@ class DropInServer(TimerServer):
     def _go_round(self, wait: float) -> None:
         # Before a verdict: the dead have nothing that could be overdue.
         self.clear_timers(set())
-        self._take_requests(wait)
-        self._reap_overdue()
+        try:
+            self._take_requests(wait)
+        finally:
+            # A queue that fails ends nobody's protection.
+            self._reap_overdue()
         if self._beside is None:
             self._last_progress = time.time()
 
