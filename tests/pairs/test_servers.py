@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +26,7 @@ from support.pairs import (
     running,
 )
 from support.processes import is_alive
-from support.watchers import wait_until
+from support.watchers import PATIENCE, wait_until
 
 
 class TestLifecycle:
@@ -176,3 +178,64 @@ def test_clients_travel_to_workers(name: str, tmp_path: Path) -> None:
 def _hang_with(client: hangwatch.TimerClient) -> None:
     with hangwatch.expires(0.3, "there", client):
         time.sleep(30)
+
+
+class TestWhatPeopleCall:
+    def test_run_once_takes_what_is_there_goes_a_round_and_stops(self, tmp_path: Path) -> None:
+        heard: list[tuple[str, str]] = []
+        server = hangwatch.FileTimerServer(
+            str(tmp_path / "fifo"),
+            "run",
+            log_event=lambda name, request: heard.append(
+                (name, request.scope_id if request else "")
+            ),
+            report_dir=None,
+        )
+        server.start()
+        client = hangwatch.FileTimerClient(str(tmp_path / "fifo"))
+        with subprocess.Popen(["sleep", "60"]) as worker:
+            for scope, until in ("far", time.time() + 60), ("due", time.time() - 1):
+                client._send_request(
+                    FileTimerRequest(worker.pid, scope, until, int(signal.SIGKILL))
+                )
+            server.run_once()
+            assert worker.wait(PATIENCE) == KILLED
+        assert server._request_count == 2
+        assert server._timers == {}
+        assert heard == [
+            ("watchdog started", ""),
+            ("timer expired", "due"),
+            ("kill worker process", "due"),
+        ]
+        assert not (tmp_path / "fifo").exists()
+        server.run_once()  # without a start it only removes the FIFO
+        server.stop()
+
+    def test_a_replaced_run_watchdog_goes_the_rounds(self, tmp_path: Path) -> None:
+        for pair in (Pair(name, tmp_path, max_interval=0.02) for name in ("local", "file")):
+            rounds: list[int] = []
+            go_round = pair.server._run_watchdog
+
+            def count(
+                *arguments: object, go_round: Any = go_round, rounds: list[int] = rounds
+            ) -> None:
+                rounds.append(1)
+                go_round(*arguments)
+
+            pair.server._run_watchdog = count  # type: ignore[method-assign]
+            with running(pair):
+                wait_until(lambda: len(rounds) >= 10, "ten rounds")  # noqa: B023
+                before, began = len(rounds), time.monotonic()
+                time.sleep(1)
+                took = time.monotonic() - began
+            # Not more often than once an interval; how much less a busy machine may say.
+            assert len(rounds) - before <= took / 0.02 + 3
+
+    def test_a_worker_can_be_reaped_by_hand(self, tmp_path: Path) -> None:
+        server = hangwatch.FileTimerServer(str(tmp_path / "fifo"), report_dir=None)
+        with subprocess.Popen(["sleep", "60"]) as worker:
+            assert server._reap_worker(worker.pid, signal.SIGKILL)
+            assert worker.wait(PATIENCE) == KILLED
+        assert server._reap_worker(worker.pid, signal.SIGKILL), "it is dead already"
+        assert server._reap_worker(1, signal.SIGKILL), "nothing of ours to kill"
+        server.stop()
