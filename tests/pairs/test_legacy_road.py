@@ -16,7 +16,6 @@ import pytest
 from hangwatch import FileTimerClient, FileTimerServer, LocalTimerClient, LocalTimerServer, expires
 from hangwatch.api import TimerRequest
 from hangwatch.file_based_local_timer import FileTimerRequest
-from hangwatch.pairs.table import TimerTable
 from hangwatch.pairs.targets import Targets
 from support.watchers import wait_until
 
@@ -72,17 +71,6 @@ def test_a_timer_that_never_kills_leaves_the_worker_s_others_armed(tmp_path: Pat
         ]
     finally:
         server.stop()
-
-
-def test_a_step_back_of_the_wall_clock_hides_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = TimerTable()
-    real = time.time
-    table.put(TimerRequest(1, "overdue", real() - 0.1))
-    table.put(TimerRequest(1, "armed", real() + 60))
-    monkeypatch.setattr(time, "time", lambda: real() - 3600)
-    assert [one.scope_id for one in table.expired(time.time())[1]] == ["overdue"]
-    monkeypatch.setattr(time, "time", lambda: real() + 3600)
-    assert [one.scope_id for one in table.expired(time.time())[1]] == ["overdue"]
 
 
 def test_a_number_that_was_refused_once_may_be_a_worker_s_later() -> None:

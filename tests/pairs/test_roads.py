@@ -68,17 +68,6 @@ class TestTheNativeRoad:
             go.set()
             assert exit_status(worker) == KILLED
 
-    def test_a_worker_survives_a_server_that_stops_in_the_middle_of_a_block(
-        self, pair: Pair
-    ) -> None:
-        pair.server.start()
-        ready, go = SPAWN.Event(), SPAWN.Event()
-        worker = pair.worker(_wait_in_a_block, ready, go)
-        assert ready.wait(PATIENCE)
-        pair.server.stop()
-        go.set()
-        assert exit_status(worker) == 0
-
     def test_the_link_is_gone_after_stop_and_after_a_crash_swept(
         self, pair: Pair, tmp_path: Path
     ) -> None:
@@ -202,17 +191,6 @@ class TestTheLegacyRoad:
             finally:
                 server.stop()
 
-    def test_a_worker_survives_a_server_that_stops_in_the_middle_of_a_block(
-        self, pair: Pair
-    ) -> None:
-        take_the_legacy_road(pair)
-        ready, go = SPAWN.Event(), SPAWN.Event()
-        worker = pair.worker(_wait_in_a_block, ready, go)
-        assert ready.wait(PATIENCE)
-        pair.server.stop()
-        go.set()
-        assert exit_status(worker) == 0
-
     def test_dead_workers_timers_are_forgotten(self, pair: Pair) -> None:
         take_the_legacy_road(pair)
         try:
@@ -274,6 +252,16 @@ def road(request: pytest.FixtureRequest, pair: Pair) -> Iterator[str]:
 
 
 class TestBothRoads:
+    def test_a_worker_survives_a_server_that_stops_in_the_middle_of_a_block(
+        self, pair: Pair, road: str
+    ) -> None:
+        ready, go = SPAWN.Event(), SPAWN.Event()
+        worker = pair.worker(_wait_in_a_block, ready, go)
+        assert ready.wait(PATIENCE)
+        pair.server.stop()
+        go.set()
+        assert exit_status(worker) == 0
+
     def test_an_inner_block_of_the_same_scope_replaces_the_outer(
         self, pair: Pair, road: str
     ) -> None:
