@@ -63,6 +63,16 @@ class WatcherBeside:
         """The process id of its keeper."""
         return self._process.pid
 
+    def has_ended(self) -> bool:
+        """Tell whether neither keeper nor watcher is left; one of them alone goes on."""
+        return not self._thread.is_alive() and self._process.ended() is not None
+
+    def show(self) -> None:
+        """Let clients find it again, if somebody removed the link, or another took it down."""
+        if not os.path.lexists(self._link):
+            with contextlib.suppress(OSError):
+                place.publish(self._link, self._process.address)
+
     def tell_to_stop(self) -> None:
         """Let no more clients find it, and ask it to end; does not wait."""
         place.withdraw(self._link, self._process.address)

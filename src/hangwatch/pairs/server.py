@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import os
+import threading
 import time
 from math import inf, isfinite
 from time import monotonic
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 _LONGEST_WAIT = 0.25
 _RETRY_AFTER = 0.05
 _SHORTEST_WAIT = 0.001
+# A watcher that is killed again and again takes its memory, or its CPU time, from others.
+_REPLACE_AT_MOST_EVERY = 5.0
 
 
 class DropInServer(TimerServer):
@@ -61,6 +64,9 @@ class DropInServer(TimerServer):
         self._complaints = complaints
         self._targets = Targets(self._spared, self._complaints)
         self._beside: WatcherBeside | None = None
+        # Reentrant: a signal handler may stop the server, too.
+        self._changing = threading.RLock()
+        self._replace_at = 0.0
         self._owner = os.getpid()
         self._joined = False
         self._last_progress = time.time()
@@ -95,16 +101,7 @@ class DropInServer(TimerServer):
         if self._watchdog_thread is not None:
             return
         self._owner = os.getpid()
-        link = self._link()
-        if link is not None and not self._keeps_its_own_way():
-            from hangwatch.pairs.beside import WatcherBeside
-
-            try:
-                self._beside = WatcherBeside(link, self._report_dir, self._on_event)
-            except LaunchError as error:
-                self._complaints.say(
-                    f"{error}; timers go through the legacy transport alone, without stacks"
-                )
+        self._beside = self._launch_watcher()
         super().start()
 
     def stop(self) -> None:
@@ -116,11 +113,12 @@ class DropInServer(TimerServer):
         if self._owner != os.getpid():
             return
         until = monotonic() + STOP_WITHIN
-        beside, self._beside = self._beside, None
+        with self._changing:
+            beside, self._beside = self._beside, None
+            self._stopping.set()
         if beside is not None:
             beside.tell_to_stop()
         thread = self._watchdog_thread
-        self._stopping.set()
         if beside is not None:
             beside.stop(until - STOP_WITHIN / 3)
         self._stop_watching(until - monotonic())
@@ -166,6 +164,7 @@ class DropInServer(TimerServer):
         self._go_round(max(min(self._max_interval, longest), _SHORTEST_WAIT))
 
     def _go_round(self, wait: float) -> None:
+        self._look_after_watcher()
         # Before a verdict: the dead have nothing that could be overdue.
         self.clear_timers(set())
         try:
@@ -194,6 +193,48 @@ class DropInServer(TimerServer):
                     break
         finally:
             self.register_timers(requests)
+
+    def _launch_watcher(self) -> WatcherBeside | None:
+        """Launch the watcher of the native road, if there is to be one and it can be."""
+        link = self._link()
+        if link is None or self._keeps_its_own_way():
+            return None
+        from hangwatch.pairs.beside import WatcherBeside
+
+        try:
+            return WatcherBeside(link, self._report_dir, self._on_event)
+        except LaunchError as error:
+            self._complaints.say(
+                f"{error}; timers go through the legacy transport alone, without stacks"
+            )
+            return None
+
+    def _look_after_watcher(self) -> None:
+        """See that clients find the watcher; replace one whose keeper was killed with it."""
+        stopping = self._round.stopping
+        if stopping is None or stopping.is_set():
+            return
+        with self._changing:
+            beside = self._beside
+            if beside is None or stopping.is_set():
+                return
+            if not beside.has_ended():
+                beside.show()
+                return
+        now = monotonic()
+        if now < self._replace_at:
+            return
+        self._replace_at = now + _REPLACE_AT_MOST_EVERY
+        self._complaints.say(f"the watcher (process {beside.pid}) was killed and is replaced")
+        beside.tell_to_stop()
+        beside.stop(now)
+        new = self._launch_watcher()
+        with self._changing:
+            if self._beside is beside and not stopping.is_set() and new is not None:
+                self._beside, new = new, None
+        if new is not None:  # a stop came meanwhile
+            new.tell_to_stop()
+            new.stop(monotonic())
 
     def _spared(self) -> set[int]:
         beside = self._beside
