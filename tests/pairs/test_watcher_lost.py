@@ -8,16 +8,9 @@ import time
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
-import pytest
-
 from hangwatch import expires
 from support.pairs import SPAWN, Pair, running
 from support.watchers import PATIENCE, wait_until
-
-
-@pytest.fixture(params=["local", "file"])
-def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Pair:
-    return Pair(request.param, tmp_path)
 
 
 def _kill_with_its_watcher(keeper: int) -> None:
