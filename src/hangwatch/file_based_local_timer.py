@@ -269,11 +269,6 @@ class FileTimerServer(DropInServer):
     def _link(self) -> str | None:
         return place.link_of(self._fifo.status())
 
-    def _keeps_its_own_way(self) -> bool:
-        return is_overridden(
-            self, "register_timers", "clear_timers", "get_expired_timers", "_reap_worker"
-        )
-
     def _is_gone(self, pid: int) -> bool:
         return super()._is_gone(pid) or not self.is_process_running(pid)
 

@@ -9,7 +9,7 @@ from time import monotonic, sleep
 
 from hangwatch.api import RequestQueue, TimerRequest
 from hangwatch.folder import REPORT_DIR
-from hangwatch.overrides import is_overridden, remember
+from hangwatch.overrides import remember
 from hangwatch.pairs import place
 from hangwatch.pairs.client import DropInClient
 from hangwatch.pairs.complaints import Complaints
@@ -177,11 +177,6 @@ class LocalTimerServer(DropInServer):
 
     def _reap_worker(self, worker_id: int) -> bool:
         return self._targets.reap(worker_id, signal.SIGKILL)
-
-    def _keeps_its_own_way(self) -> bool:
-        return is_overridden(
-            self, "register_timers", "clear_timers", "get_expired_timers", "_reap_worker"
-        )
 
 
 def _check_queue(mp_queue: object, *methods: str) -> None:

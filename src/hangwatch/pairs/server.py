@@ -15,6 +15,7 @@ from time import monotonic
 
 from hangwatch.api import STOP_WITHIN, RequestQueue, TimerRequest, TimerServer
 from hangwatch.errors import LaunchError
+from hangwatch.overrides import is_overridden
 from hangwatch.pairs.complaints import Complaints
 from hangwatch.pairs.table import TimerTable
 
@@ -86,9 +87,11 @@ class DropInServer(TimerServer):
     def _link(self) -> str | None:
         """Return where clients look for a watcher beside this server, if anywhere."""
 
-    @abc.abstractmethod
     def _keeps_its_own_way(self) -> bool:
         """Tell whether somebody overrode what a watcher would go round."""
+        return is_overridden(
+            self, "register_timers", "clear_timers", "get_expired_timers", "_reap_worker"
+        )
 
     def _on_event(self, event: Event) -> None:
         """Hear what the watcher tells; in a thread of its own."""
