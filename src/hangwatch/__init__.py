@@ -8,6 +8,8 @@ from hangwatch.api import (
     TimerServer,
     configure,
     expires,
+    paused,
+    watch,
 )
 from hangwatch.errors import (
     AddressError,
@@ -16,6 +18,8 @@ from hangwatch.errors import (
     NotConfiguredError,
     PageError,
     ProtocolError,
+    TimerExpired,
+    UnsupportedError,
     WatcherUnavailableError,
 )
 from hangwatch.file_based_local_timer import (
@@ -47,12 +51,16 @@ __all__ = [
     "SharedMemoryTimerClient",
     "SharedMemoryTimerServer",
     "TimerClient",
+    "TimerExpired",
     "TimerRequest",
     "TimerServer",
+    "UnsupportedError",
     "WatcherUnavailableError",
     "configure",
     "expires",
+    "paused",
     "serve",
+    "watch",
 ]
 
 __version__ = "0.1.0"

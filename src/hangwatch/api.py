@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterable
 
-from hangwatch.worker.expiration import Expiration, configure, expires
+from hangwatch.worker.expiration import Expiration, configure, expires, paused, watch
 
 __all__ = [
     "Expiration",
@@ -22,6 +22,8 @@ __all__ = [
     "TimerServer",
     "configure",
     "expires",
+    "paused",
+    "watch",
 ]
 
 TYPE_CHECKING = False  # typing itself takes long to import

@@ -13,6 +13,8 @@ __all__ = [
     "NotConfiguredError",
     "PageError",
     "ProtocolError",
+    "TimerExpired",
+    "UnsupportedError",
     "WatcherUnavailableError",
 ]
 
@@ -33,6 +35,10 @@ class NotConfiguredError(HangwatchError, RuntimeError):
         )
 
 
+class UnsupportedError(HangwatchError, ValueError):
+    """What was asked of a timer can't be had there: the caller's fault."""
+
+
 class AddressError(HangwatchError, ValueError):
     """An address can't be used as given: the fault of whoever set it."""
 
@@ -51,3 +57,24 @@ class PageError(HangwatchError):
 
 class LaunchError(HangwatchError):
     """The watcher process could not be started."""
+
+
+class TimerExpired(BaseException):  # what has expired is no error of the code
+    """Raised inside of a block that overran, if its ``on_expiry`` is ``"raise"``.
+
+    Like KeyboardInterrupt no `Exception`, so that ``except Exception`` doesn't swallow it.
+
+    Args:
+        scope: the block's name.
+        limit: how long it might take, in seconds.
+        inside: how long it has taken, in seconds.
+    """
+
+    def __init__(self, scope: str, limit: float, inside: float) -> None:
+        super().__init__(scope, limit, inside)
+        self.scope = scope
+        self.limit = limit
+        self.inside = inside
+
+    def __str__(self) -> str:
+        return f"{self.scope!r} has taken {self.inside:.3f} s, its limit is {self.limit:g} s"

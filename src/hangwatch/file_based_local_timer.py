@@ -23,7 +23,7 @@ __all__ = ["FileTimerClient", "FileTimerRequest", "FileTimerServer"]
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
-    from hangwatch.watch.events import Event
+    from hangwatch.watcher.events import Event
 
     LogEvent = Callable[[str, "FileTimerRequest | None"], None]
 

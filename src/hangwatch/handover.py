@@ -4,7 +4,7 @@ Layout of a message: its kind (1 byte), a number (8 bytes, little-endian), then 
 that depend on the kind. Both ends are forks of one program, so there is no version.
 
 The keeper understands nothing of a worker: it keeps descriptors, and a `state` that
-only watchers read and write (`watch/takeover.py`).
+only watchers read and write (`watcher/takeover.py`).
 """
 
 from __future__ import annotations

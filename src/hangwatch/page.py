@@ -10,7 +10,8 @@ Layout (native byte order, one memfd of `PAGE_BYTES`):
         8   u64 capacity: slots that fit
         16  f64 watch_until: the watcher looks at this page again no later than this
         24  f64 slots in use: only the first so many were ever given out
-    slots, 256 bytes each
+        32  f64 the signal that makes the main thread raise what is overdue there; 0.0: none
+    slots, 320 bytes each
         0   f64 deadline, 0.0 while not armed
         8   3?  how the block ended; written together with the deadline, read by nobody
         16  f64 entry: generation * 2**32 + times entered; a new scope is a new generation
@@ -18,7 +19,13 @@ Layout (native byte order, one memfd of `PAGE_BYTES`):
         32  u64 threading.get_ident(), u64 threading.get_native_id()
         48  u32 flags, i32 signal
         56  u64 the enclosing slot's index + 1 (0: none), f64 its entry
-        72  24s the thread's name     96  160s the scope      (UTF-8, padded with NUL)
+        72  f64 grace
+        80  f64 entry of which the next two speak
+        88  f64 when the block was entered, f64 limit of its present interval
+        104 f64 entry that was ended by an exception of ours, the last one
+        112 24s the thread's name     136 184s the scope      (UTF-8, padded with NUL)
+
+A block that was never renewed was entered at its deadline minus its limit.
 
 Times are seconds of CLOCK_MONOTONIC as a double: after a year of uptime a
 double still resolves 4 ns, and Python adds, compares and stores it faster than
@@ -33,39 +40,56 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+import sys
 from math import isfinite
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"hangwat" + bytes([VERSION])
 CAPACITY = 4096
 HEADER_BYTES = 64
-SLOT_BYTES = 256
+SLOT_BYTES = 320
 PAGE_BYTES = HEADER_BYTES + CAPACITY * SLOT_BYTES
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 # Words of the page seen as doubles, counted from the page's start ...
 WATCH_UNTIL = 2
 SLOTS_IN_USE = 3
+RAISE_SIGNAL = 4
 HEADER_WORDS = HEADER_BYTES // 8
 SLOT_WORDS = SLOT_BYTES // 8
 # ... and from a slot's.
 DEADLINE = 0
 ENTRY = 2
 LIMIT = 3
+RENEWED_ENTRY = 10
+ENTERED = 11
+RENEWED_LIMIT = 12
+RAISED_ENTRY = 13
 
 _HEADER = struct.Struct("=8sQ")
 _DETAILS = struct.Struct("=dQQIi")
 _DETAILS_AT = LIMIT * 8
 _ENCLOSING = struct.Struct("=Qd")
 _ENCLOSING_AT = 56
-_THREAD_AT, _THREAD_BYTES = 72, 24
-_SCOPE_AT, _SCOPE_BYTES = 96, 160
+_GRACE = struct.Struct("=d")
+_GRACE_AT = 72
+_THREAD_AT, _THREAD_BYTES = 112, 24
+_SCOPE_AT, _SCOPE_BYTES = 136, 184
 _CUT = "…"
 
-REPLACED = 2.0**62
-"""The deadline of a block whose timer an inner block has replaced: never due."""
+NEVER = 2.0**62
+"""The deadline of an open block that is never due: cancelled, or replaced by an inner block."""
 NEVER_KILL = -1
 """In the place of a slot's signal: an overrun is reported, and the worker left alone."""
+NO_GRACE = -1.0
+"""In the place of a slot's grace: none, whatever the server's."""
+
+# Flags: two bits of what an overrun leads to, ...
+ON_EXPIRY = (None, "report", "raise", "reap")
+ON_EXPIRY_BITS = 3
+# ... and whether the block suspends the process's other timers.
+PAUSES = 4
+_FLAGS_LOW_AT = 48 if sys.byteorder == "little" else 51
 
 # One generation is one scope's stay in a slot. The generation wraps long before
 # the entry would leave the integers that a double counts exactly (2**53).
@@ -86,13 +110,14 @@ class SlotDetails:
         limit: seconds that the block may take.
         ident: `threading.get_ident()` of the thread that holds the block.
         native_id: its kernel thread id.
-        flags: per-block choices, 0 for the server's.
+        flags: what an overrun leads to (`on_expiry`), and `PAUSES`.
         signal: what an overrun sends first, `NEVER_KILL`, or 0 for the server's choice.
+        grace: seconds from the first step to SIGKILL, `NO_GRACE`, or 0.0 for the server's.
         thread_name: Python's name of the thread, perhaps cut.
         scope: the block's name, perhaps cut.
     """
 
-    __slots__ = ("flags", "ident", "limit", "native_id", "scope", "signal", "thread_name")
+    __slots__ = ("flags", "grace", "ident", "limit", "native_id", "scope", "signal", "thread_name")
 
     def __init__(
         self,
@@ -103,6 +128,7 @@ class SlotDetails:
         scope: str,
         flags: int = 0,
         signal: int = 0,
+        grace: float = 0.0,
     ) -> None:
         self.limit = limit
         self.ident = ident
@@ -111,6 +137,17 @@ class SlotDetails:
         self.scope = scope
         self.flags = flags
         self.signal = signal
+        self.grace = grace
+
+    @property
+    def on_expiry(self) -> str | None:
+        """What an overrun leads to, of `ON_EXPIRY`; None: what the server says."""
+        return ON_EXPIRY[self.flags & ON_EXPIRY_BITS]
+
+    @property
+    def pauses(self) -> bool:
+        """Whether the process's other timers are suspended while the block lasts."""
+        return bool(self.flags & PAUSES)
 
 
 def deadline_word(index: int) -> int:
@@ -182,6 +219,11 @@ def cut(text: str, room: int, *, keep_end: bool = False) -> bytes:
     return encoded[:room].decode("utf-8", "ignore").encode() + mark
 
 
+def pauses(memory: memoryview, index: int) -> bool:
+    """Tell whether the block in slot `index` suspends the others, without reading the rest."""
+    return bool(memory[slot_byte(index) + _FLAGS_LOW_AT] & PAUSES)
+
+
 def write_details(memory: memoryview, index: int, details: SlotDetails, keep_end: bool) -> None:
     """Write a slot's details, and that no block is around it.
 
@@ -203,6 +245,7 @@ def write_details(memory: memoryview, index: int, details: SlotDetails, keep_end
         details.flags,
         details.signal,
     )
+    _GRACE.pack_into(memory, at + _GRACE_AT, details.grace)
     write_enclosing(memory, index, None, 0.0)
     name = cut(details.thread_name, _THREAD_BYTES).ljust(_THREAD_BYTES, b"\0")
     scope = cut(details.scope, _SCOPE_BYTES, keep_end=keep_end).ljust(_SCOPE_BYTES, b"\0")
@@ -225,6 +268,7 @@ def read_details(memory: memoryview, index: int) -> SlotDetails:
     """Read a slot's details, whatever the bytes are: a page may hold nonsense."""
     at = slot_byte(index)
     limit, ident, native_id, flags, signal = _DETAILS.unpack_from(memory, at + _DETAILS_AT)
+    (grace,) = _GRACE.unpack_from(memory, at + _GRACE_AT)
     return SlotDetails(
         limit=limit if isfinite(limit) else 0.0,
         ident=ident,
@@ -233,6 +277,7 @@ def read_details(memory: memoryview, index: int) -> SlotDetails:
         scope=_text(memory, at + _SCOPE_AT, _SCOPE_BYTES),
         flags=flags,
         signal=signal,
+        grace=grace if isfinite(grace) else 0.0,
     )
 
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hangwatch.folder import REPORT_DIR
 from hangwatch.overrides import is_overridden, remember
 from hangwatch.worker.acquired import Acquired
 from hangwatch.worker.built_in_client import BuiltInClient
@@ -24,7 +23,15 @@ __all__ = ["SharedMemoryTimerClient", "SharedMemoryTimerServer", "serve"]
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Unpack
+
+    from hangwatch.keep.event_listener import EventListener
     from hangwatch.keep.launch import WatcherProcess
+    from hangwatch.options import Options
+    from hangwatch.watcher.events import Event
+
+_EVENTS_WITHIN = 5.0
 
 
 @remember("acquire", "release")
@@ -62,7 +69,7 @@ class SharedMemoryTimerClient(BuiltInClient):
         after = max(expiration_time - time.time(), 1e-9)
         key = "acquired", id(self), scope_id
         self._acquired.add(
-            scope_id, self._worker.choose(key, after, after, Scope(scope_id, keeps=self))
+            scope_id, self._worker.claim(key, after, after, Scope(scope_id, keeps=self))
         )
 
     def release(self, scope_id: str) -> None:
@@ -78,33 +85,27 @@ class SharedMemoryTimerServer:
 
     Args:
         address: where it listens; by default at a path of its own.
-        report_dir: folder of the newest 100 reports; None keeps none.
-        on_expiry: ``"reap"`` kills a worker whose block overran, ``"report"`` leaves it alone.
-        grace: seconds between SIGTERM and SIGKILL; 0 means SIGKILL at once.
-        tree: whether a worker's descendants are killed with it.
+        options: as of `serve`.
 
     Raises:
-        ValueError: `on_expiry` or `grace` is none of these.
+        ValueError, TypeError: an option is none of what it may be: the caller's fault.
     """
 
     def __init__(
         self,
         address: str | os.PathLike[str] | None = None,
         *,
-        report_dir: str | os.PathLike[str] | None = REPORT_DIR,
-        on_expiry: str = "reap",
-        grace: float = 0.0,
-        tree: bool = True,
+        on_event: Callable[[Event], object] | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        if on_expiry not in ("reap", "report"):
-            raise ValueError(f"on_expiry must be 'reap' or 'report', not {on_expiry!r}")
-        if not 0 <= grace < float("inf"):
-            raise ValueError(f"grace must be a number of seconds, 0 or more, not {grace!r}")
+        if on_event is not None and not callable(on_event):
+            raise TypeError(f"on_event must be callable, not {type(on_event).__name__}")
+        from hangwatch.options import checked_settings
+
+        self._settings = checked_settings(**options)
         self._wanted_address = None if address is None else os.fspath(address)
-        self._report_dir = report_dir
-        self._on_expiry = on_expiry
-        self._grace = grace
-        self._tree = tree
+        self._on_event = on_event
+        self._listener: EventListener | None = None
         self._process: WatcherProcess | None = None
         self._started_by = 0
 
@@ -128,31 +129,46 @@ class SharedMemoryTimerServer:
         Raises:
             LaunchError: it did not become ready.
         """
+        from hangwatch.keep.event_listener import EventListener
         from hangwatch.keep.launch import WatcherProcess
 
-        if self._process is None:
-            self._started_by = os.getpid()
+        if self._process is not None:
+            return
+        self._started_by = os.getpid()
+        if self._on_event is None:
+            self._process = WatcherProcess(self._settings, self._wanted_address)
+            return
+        listener = EventListener(self._pass_on)
+        try:
             self._process = WatcherProcess(
-                self._report_dir, self._on_expiry, self._grace, self._tree, self._wanted_address
+                self._settings, self._wanted_address, listener.theirs.fileno()
             )
+        except BaseException:
+            listener.close()
+            raise
+        self._listener = listener
+        listener.listen()
 
     def stop(self) -> None:
-        """End the watcher; returns when every report is complete.
+        """End the watcher; returns when every report is complete, and every event told.
 
         Without a start, or in a forked child of the program that started it, does nothing.
         """
         process, self._process = self._process, None
+        listener, self._listener = self._listener, None
         if process is not None and self._started_by == os.getpid():
             process.stop()
+            if listener is not None:
+                listener.stop(_EVENTS_WITHIN)
+
+    def _pass_on(self, event: Event) -> None:
+        if event["event"] != "alive" and self._on_event is not None:
+            self._on_event(event)
 
 
 @contextmanager
 def serve(
-    *,
-    report_dir: str | os.PathLike[str] | None = REPORT_DIR,
-    on_expiry: str = "reap",
-    grace: float = 0.0,
-    tree: bool = True,
+    *, on_event: Callable[[Event], object] | None = None, **options: Unpack[Options]
 ) -> Iterator[SharedMemoryTimerServer]:
     """Watch this process and the children that it starts, while the block lasts.
 
@@ -160,21 +176,31 @@ def serve(
     this process call `configure`.
 
     Args:
-        report_dir: folder of the newest 100 reports; None keeps none.
-        on_expiry: ``"reap"`` kills a worker whose block overran, ``"report"`` leaves it alone.
-        grace: seconds between SIGTERM and SIGKILL; 0 means SIGKILL at once.
-        tree: whether a worker's descendants are killed with it.
+        on_event: called, in a thread of this process, with each event as a dict; see
+            docs/events.md. What it raises is logged.
+        options: what to do about a block that overran, all by keyword:
+            ``report_dir``: folder of the newest 100 reports; None keeps none.
+            ``on_expiry``: of blocks that don't say: ``"reap"`` kills the worker, ``"raise"``
+            raises `TimerExpired` in the block first, ``"report"`` leaves the worker alone.
+            ``force``: whether that overrides what blocks say.
+            ``grace``: seconds from the first step against a worker to SIGKILL; 0: SIGKILL at
+            once.
+            ``signal``: number of the signal that is sent first; by default SIGTERM if there
+            is a grace.
+            ``tree``: whether a worker's descendants are killed with it.
+            ``gap``: seconds that a connected worker may stay outside of every block; None: for
+            ever.
+            ``stacks``: whether a worker is asked for its Python stacks.
+            ``kill_debugged``: whether a worker under a debugger is treated as any other.
 
     Yields:
         The watcher that was started.
 
     Raises:
-        ValueError: `on_expiry` or `grace` is none of these.
+        ValueError, TypeError: an option is none of what it may be: the caller's fault.
         LaunchError: the watcher did not become ready.
     """
-    server = SharedMemoryTimerServer(
-        report_dir=report_dir, on_expiry=on_expiry, grace=grace, tree=tree
-    )
+    server = SharedMemoryTimerServer(on_event=on_event, **options)
     server.start()
     before = os.environ.get(ADDRESS_VARIABLE)
     try:

@@ -6,8 +6,9 @@ sends one byte, `connection.RING`, whenever the watcher should look at its page.
 
 Layout of a hello: {"hangwatch": 1, "page_fd": int, "monotonic": float,
 "fenced": bool, "labels": {str: str}, "command": [str, ...], "python": str,
-"stacks": null or {"fd": int, "own": int, "all": int}, "error_file": null or str}.
-Layout of a reply: {"hangwatch": 1, "welcome": bool, "reason": str}.
+"stacks": null or {"fd": int, "own": int, "all": int}, "error_file": null or str,
+"main_ident": int}.
+Layout of a reply: {"hangwatch": 1, "welcome": bool, "reason": str, "on_expiry": str}.
 Unknown keys are ignored, so that a later version can add some.
 """
 
@@ -56,6 +57,7 @@ class Hello:
         stacks: its stack channel, or None where it has none.
         error_file: absolute path of the file in which its launcher looks for the reason of
             its end, or None.
+        main_ident: `threading.get_ident()` of its main thread; 0: unknown.
     """
 
     page_fd: int
@@ -66,6 +68,20 @@ class Hello:
     python: str
     stacks: StackChannel | None
     error_file: str | None = None
+    main_ident: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the watcher answers.
+
+    Attributes:
+        reason: why the worker is not welcome; None: it is.
+        on_expiry: what an overrun leads to if the block chose nothing.
+    """
+
+    reason: str | None
+    on_expiry: str = ""
 
 
 def encode_hello(hello: Hello) -> bytes:
@@ -87,6 +103,7 @@ def encode_hello(hello: Hello) -> bytes:
                 "python": hello.python,
                 "stacks": stacks and {"fd": stacks.fd, "own": stacks.own, "all": stacks.all},
                 "error_file": error_file,
+                "main_ident": hello.main_ident,
             }
         ).encode("ascii")
         if len(message) <= MAX_BYTES:
@@ -122,6 +139,7 @@ def decode_hello(message: bytes) -> Hello:
             if not isinstance(stacks, dict)
             else StackChannel(*(_number(stacks[key]) for key in ("fd", "own", "all"))),
             error_file=error_file,
+            main_ident=_ident(fields.get("main_ident", 0)),
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ProtocolError(f"the hello is malformed ({error!r})") from None
@@ -130,24 +148,29 @@ def decode_hello(message: bytes) -> Hello:
     return hello
 
 
-def encode_reply(reason: str | None) -> bytes:
-    """Encode the watcher's reply: welcome, or the `reason` why not."""
+def encode_reply(reply: Reply) -> bytes:
+    """Encode the watcher's reply."""
     return json.dumps(
-        {"hangwatch": VERSION, "welcome": reason is None, "reason": (reason or "")[:1024]}
+        {
+            "hangwatch": VERSION,
+            "welcome": reply.reason is None,
+            "reason": (reply.reason or "")[:1024],
+            "on_expiry": reply.on_expiry,
+        }
     ).encode("ascii")
 
 
-def decode_reply(message: bytes) -> str | None:
+def decode_reply(message: bytes) -> Reply:
     """Decode the watcher's reply.
-
-    Returns:
-        None if the worker is welcome, else the reason why not.
 
     Raises:
         ProtocolError: whoever answered is no watcher, or one of another version.
     """
     fields = _decode(message, "watcher")
-    return None if fields.get("welcome") is True else str(fields.get("reason", ""))
+    welcome = fields.get("welcome") is True
+    return Reply(
+        None if welcome else str(fields.get("reason", "")), str(fields.get("on_expiry", ""))
+    )
 
 
 def _decode(message: bytes, peer: str) -> dict[str, object]:
@@ -168,6 +191,12 @@ def _decode(message: bytes, peer: str) -> dict[str, object]:
 def _number(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
         raise ValueError(f"not a small whole number: {value!r:.40}")
+    return value
+
+
+def _ident(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**64:
+        raise ValueError(f"not a thread: {value!r:.40}")
     return value
 
 

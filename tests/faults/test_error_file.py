@@ -20,8 +20,8 @@ from conftest import StartWatcher
 from hangwatch.evidence import error_file
 from hangwatch.evidence.model import Case, Scope, ScopeThread, Worker
 from hangwatch.process import Identity
-from hangwatch.watch.error_file import ErrorFile
-from hangwatch.watch.helper import Helper
+from hangwatch.watcher.error_file import ErrorFile
+from hangwatch.watcher.helper import Helper
 from support.processes import is_alive
 from support.watchers import RunningWatcher, wait_until
 
@@ -234,8 +234,8 @@ with hangwatch.expires(3, "long"):
 OTHER_USER_S_WATCHER = """
 import sys
 from hangwatch.keep.serve import serve
-from hangwatch.watch.settings import OnExpiry, Settings
-serve(sys.argv[1], Settings(OnExpiry.REAP, 0.0, True, sys.argv[2], frozenset({65534})))
+from hangwatch.watcher.settings import OnExpiry, Settings
+serve(sys.argv[1], Settings(report_dir=sys.argv[2], allowed_uids=frozenset({65534})))
 """
 OTHER_USER_S_WORKER = """
 import ctypes, faulthandler, json, mmap, os, time

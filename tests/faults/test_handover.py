@@ -203,7 +203,7 @@ def test_a_newcomer_s_hello_survives_the_watcher_that_heard_it(served: RunningWa
         connection = connect(served.address)
         socket.send_fds(connection, [hello()], [memfd()])
     with connection:
-        assert wire.decode_reply(connection.recv(4096)) is None
+        assert wire.decode_reply(connection.recv(4096)).reason is None
 
 
 def test_a_stopped_keeper_s_newcomers_are_told_why(served: RunningWatcher) -> None:
@@ -223,7 +223,7 @@ def test_the_pidfd_is_kept_where_the_kernel_can_t_give_it_again(tmp_path: Path) 
     """As before Linux 6.5: the socket option is one that no kernel has."""
     tmp_path.chmod(0o700)
     script = (
-        "import sys\nfrom hangwatch.watch import identity\nidentity._SO_PEERPIDFD = 9999\n"
+        "import sys\nfrom hangwatch.watcher import identity\nidentity._SO_PEERPIDFD = 9999\n"
         "from hangwatch.cli import main\nmain()\n"
     )
     address = str(tmp_path / "s")
@@ -311,7 +311,7 @@ def test_when_the_launcher_dies_both_stay_until_no_worker_is_left(tmp_path: Path
     keeper = int(launcher.stdout.readline())
     with connect(str(tmp_path / "s")) as connection:
         socket.send_fds(connection, [hello()], [memfd()])
-        assert wire.decode_reply(connection.recv(4096)) is None
+        assert wire.decode_reply(connection.recv(4096)).reason is None
         launcher.kill()
         launcher.communicate()
         time.sleep(1)
@@ -353,7 +353,7 @@ class TestTheLimitOfOpenFiles:
                 connection = connect(served.address)
                 inside.append(connection)
                 socket.send_fds(connection, [hello()], [memfd()])
-                refused = wire.decode_reply(connection.recv(4096))
+                refused = wire.decode_reply(connection.recv(4096)).reason
                 if refused is not None:
                     break
             assert refused is not None
@@ -398,7 +398,7 @@ def test_more_workers_than_select_has_numbers(served: RunningWatcher) -> None:
         for _ in range(600):
             connection = stack.enter_context(connect(served.address))
             socket.send_fds(connection, [hello()], [page])
-            assert wire.decode_reply(connection.recv(4096)) is None
+            assert wire.decode_reply(connection.recv(4096)).reason is None
         for _ in range(3):
             worker = start(served, HUNG_IN_C, "0.5")
             assert worker.wait(30) == -9
@@ -423,7 +423,7 @@ from hangwatch import handover
 from hangwatch.handover import Kind
 from hangwatch.keep.keeper import Keeper
 from hangwatch.keep.systemd import Notifier
-def watch(link, kept):
+def watch(successor, link, kept):
     if os.path.exists(sys.argv[1]):
         return
     open(sys.argv[1], "w").close()
@@ -462,7 +462,7 @@ FAILING = """
 import os, sys, time
 from hangwatch.keep.keeper import Keeper
 from hangwatch.keep.systemd import Notifier
-def watch(link, kept):
+def watch(successor, link, kept):
     with open(sys.argv[1], "a") as file:
         file.write(f"{time.monotonic()}\\n")
     os._exit(3)
@@ -491,7 +491,7 @@ def test_only_a_death_before_readiness_is_followed_by_a_pause(
         pid = served.pid
         with connect(served.address) as connection:  # answered: it was ready
             socket.send_fds(connection, [hello()], [memfd()])
-            assert wire.decode_reply(connection.recv(4096)) is None
+            assert wire.decode_reply(connection.recv(4096)).reason is None
         os.kill(pid, signal.SIGKILL)
         wait_for_another(served, pid)
     assert time.monotonic() - began < 10

@@ -22,7 +22,7 @@ import pytest
 import hangwatch
 from conftest import StartWatcher
 from hangwatch import page, wire
-from hangwatch.watch import reception
+from hangwatch.watcher import reception
 from hangwatch.worker.connection import RING
 from support.raw_worker import answer, connect, hello, memfd
 from support.watchers import RunningWatcher, wait_until
@@ -219,7 +219,7 @@ def test_who_rings_for_ever_gets_slow_service_not_the_cpu(start_watcher: StartWa
 
     with connect(watcher.address) as connection:
         socket.send_fds(connection, [hello()], [memfd()])
-        assert wire.decode_reply(connection.recv(4096)) is None
+        assert wire.decode_reply(connection.recv(4096)).reason is None
         connection.setblocking(False)
         before, until = cpu(), time.monotonic() + 3
         while time.monotonic() < until:
@@ -271,7 +271,11 @@ class TestAddresses:
             (b"", hangwatch.ProtocolError, "hung up"),
             (b"HTTP/1.1 400", hangwatch.ProtocolError, "not one of a hangwatch watcher"),
             (b'{"hangwatch": 7}', hangwatch.ProtocolError, "install the same version"),
-            (wire.encode_reply("full"), hangwatch.WatcherUnavailableError, "refuses .*full"),
+            (
+                wire.encode_reply(wire.Reply("full")),
+                hangwatch.WatcherUnavailableError,
+                "refuses .*full",
+            ),
         ],
         ids=["silent", "hangs up", "no watcher", "version", "refuses"],
     )
@@ -383,7 +387,7 @@ class TestAddresses:
             connection, _ = listener.accept()
             connection.recv(wire.MAX_BYTES)
             time.sleep(0.7)
-            connection.send(wire.encode_reply(None))
+            connection.send(wire.encode_reply(wire.Reply(None)))
             out, _ = worker.communicate(timeout=30)
             connection.close()
         assert out == "True True\n"
@@ -411,7 +415,7 @@ class TestAddresses:
             # As if the watcher had looked before the second thread armed.
             with mmap.mmap(descriptors[0], page.PAGE_BYTES) as memory:
                 memory[16:24] = struct.pack("=d", time.monotonic() + 3600)
-            connection.send(wire.encode_reply(None))
+            connection.send(wire.encode_reply(wire.Reply(None)))
             connection.settimeout(20)
             assert connection.recv(100) == RING
             worker.wait(20)

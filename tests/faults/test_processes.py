@@ -15,7 +15,7 @@ from support.watchers import RunningWatcher
 PRELUDE = """
 import gc, os, signal, subprocess, sys, threading, time
 import hangwatch
-from hangwatch.watch.page_reader import PageReader
+from hangwatch.watcher.page_reader import PageReader
 from hangwatch.worker import stack_channel
 from hangwatch.worker.client import client_at
 def reader(): return PageReader(client_at(os.environ["HANGWATCH_ADDRESS"]).page.descriptor.number)

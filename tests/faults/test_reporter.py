@@ -14,8 +14,8 @@ import pytest
 
 from hangwatch.evidence.model import Case, Scope, ScopeThread, Worker
 from hangwatch.process import Identity
-from hangwatch.watch.helper import Helper
-from hangwatch.watch.reporter import Reporter
+from hangwatch.watcher.helper import Helper
+from hangwatch.watcher.reporter import Reporter
 from support.processes import is_alive
 from support.watchers import wait_until
 

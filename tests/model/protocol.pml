@@ -630,7 +630,7 @@ active proctype time() {
 
 active proctype no_missed_deadline() {
 end:
-    /* watch/visit.py and Expiration.__enter__ together */
+    /* watcher/visit.py and Expiration.__enter__ together */
     if
     :: MISSED(0) -> assert(!MISSED(0))
 #if THREADS == 2

@@ -11,7 +11,7 @@ STORM = """
 import ctypes, os, random, signal, sys, threading, time
 sys.path[:0] = {path!r}
 import hangwatch
-from hangwatch.watch.page_reader import PageReader
+from hangwatch.watcher.page_reader import PageReader
 from support.pages import quiet_page
 
 sys.setswitchinterval(1e-4)

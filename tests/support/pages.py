@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from hangwatch import page
-from hangwatch.watch.page_reader import PageReader
+from hangwatch.watcher.page_reader import PageReader
 from hangwatch.worker import expiration
 from hangwatch.worker.client import ADDRESS_VARIABLE, WorkerClient
 

@@ -66,4 +66,4 @@ def answer(address: str, message: bytes, descriptors: list[int]) -> str | None:
             socket.send_fds(connection, [message], descriptors)
         else:
             connection.send(message)
-        return wire.decode_reply(connection.recv(wire.MAX_BYTES))
+        return wire.decode_reply(connection.recv(wire.MAX_BYTES)).reason

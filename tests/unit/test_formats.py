@@ -34,7 +34,7 @@ from hangwatch.evidence.model import (
     Worker,
 )
 from hangwatch.process import Identity, parse_stat, read_stat
-from hangwatch.watch.identity import pidfd_by_number
+from hangwatch.watcher.identity import pidfd_by_number
 from hangwatch.worker.labels import labels_from
 
 
@@ -131,8 +131,8 @@ def test_another_version_is_told_what_to_do() -> None:
 
 
 def test_a_reply_survives_the_wire() -> None:
-    assert wire.decode_reply(wire.encode_reply(None)) is None
-    assert wire.decode_reply(wire.encode_reply("too many")) == "too many"
+    for reply in (wire.Reply(None, "raise"), wire.Reply("too many")):
+        assert wire.decode_reply(wire.encode_reply(reply)) == reply
 
 
 DUMP = """\

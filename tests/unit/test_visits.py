@@ -15,12 +15,12 @@ import pytest
 from hangwatch.evidence.model import Case
 from hangwatch.page import DEADLINE, ENTRY, LIMIT, SLOTS_IN_USE, deadline_word
 from hangwatch.process import Identity
-from hangwatch.watch import watcher as watcher_module
-from hangwatch.watch.case import case_of
-from hangwatch.watch.page_reader import Armed
-from hangwatch.watch.settings import OnExpiry, Settings
-from hangwatch.watch.watched import Watched
-from hangwatch.watch.watcher import Watcher
+from hangwatch.watcher import watcher as watcher_module
+from hangwatch.watcher.case import case_of
+from hangwatch.watcher.page_reader import Armed
+from hangwatch.watcher.settings import OnExpiry, Settings
+from hangwatch.watcher.watched import Watched
+from hangwatch.watcher.watcher import Watcher
 from hangwatch.wire import Hello
 from support.pages import quiet_page
 
@@ -40,8 +40,8 @@ class Scene:
 
     def found(self) -> list[tuple[int, float]]:
         """Return slot and deadline of every verdict so far."""
-        slots = [incident.verdict.slot for incident in self.watcher._incidents]
-        return [(slot.index, slot.deadline) for slot in slots]
+        slots = [incident.verdict.found for incident in self.watcher._incidents]
+        return [(slot.index, slot.deadline) for slot in slots if isinstance(slot, Armed)]
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def scene() -> Iterator[Scene]:
         listener.listen()
         link, keeper = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        settings = Settings(OnExpiry.REPORT, 0, False, None, frozenset())
+        settings = Settings(OnExpiry.REPORT, tree=False)
         with listener, link, keeper, theirs:
             watched = Watched(
                 connection=ours,

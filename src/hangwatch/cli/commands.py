@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import math
-import os
+import signal
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import click
 
 import hangwatch
 from hangwatch.errors import HangwatchError
 from hangwatch.folder import REPORT_DIR
-from hangwatch.watch.settings import OnExpiry, Settings
+from hangwatch.options import Options, checked_settings
+from hangwatch.watcher.settings import OnExpiry
+from hangwatch.worker.arguments import LAST_SIGNAL
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class _Seconds(click.ParamType[float]):
     name = "seconds"
+
+    def __init__(self, at_least: str = "0 or more") -> None:
+        self._at_least = at_least
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
@@ -28,9 +33,25 @@ class _Seconds(click.ParamType[float]):
             seconds = float(str(value))
         except ValueError:
             seconds = math.nan
-        if not 0 <= seconds < math.inf:
-            self.fail(f"{value!r} is not a number of seconds, 0 or more", param, ctx)
+        if not 0 <= seconds < math.inf or (seconds == 0 and self._at_least != "0 or more"):
+            self.fail(f"{value!r} is not a number of seconds, {self._at_least}", param, ctx)
         return seconds
+
+
+class _Signal(click.ParamType[int]):
+    name = "signal"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        text = str(value).upper()
+        names = {known.name: int(known) for known in signal.Signals}
+        number = names.get(text) or names.get(f"SIG{text}")
+        if number is None:
+            number = int(text) if text.isdecimal() else 0
+        if not 0 < number <= LAST_SIGNAL:
+            self.fail(f"{value!r} is no signal's name or number: SIGTERM, TERM or 15", param, ctx)
+        return number
 
 
 def _expiry_options(command: _F) -> _F:
@@ -40,18 +61,36 @@ def _expiry_options(command: _F) -> _F:
             type=click.Choice([choice.value for choice in OnExpiry]),
             default=OnExpiry.REAP.value,
             show_default=True,
-            help="Kill a worker whose block overran, or only report it.",
+            help="What happens if a block overruns that does not say: kill the worker, "
+            "raise TimerExpired in the block first, or only report it.",
         ),
         click.option(
             "--grace",
             type=_Seconds(),
             default=0.0,
             show_default=True,
-            help="Seconds between SIGTERM and SIGKILL; 0 means SIGKILL at once.",
+            help="Seconds from the first step against a worker to SIGKILL; 0: SIGKILL at once.",
+        ),
+        click.option(
+            "--signal",
+            type=_Signal(),
+            help="What is sent first.  [default: SIGTERM if there is a grace]",
+        ),
+        click.option(
+            "--gap",
+            type=_Seconds("more than 0"),
+            help="Seconds that a connected worker may stay outside of every block.  "
+            "[default: for ever]",
         ),
         click.option(
             "--tree/--no-tree", default=True, help="Kill the worker's descendants, too. [default]"
         ),
+        click.option(
+            "--stacks/--no-stacks",
+            default=True,
+            help="Ask an overdue worker for its Python stacks, by a signal. [default]",
+        ),
+        click.option("--kill-debugged", is_flag=True, help="Kill also who is under a debugger."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -87,37 +126,37 @@ class _Run(click.Command):
     metavar="DIR",
     help="Keep the newest 100 reports here.",
 )
+@click.option("--events", metavar="FILE", help="Append what happens here, as lines of JSON.")
 @_expiry_options
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def run(
-    command: tuple[str, ...], report_dir: str, on_expiry: str, grace: float, tree: bool
-) -> None:
+def run(command: tuple[str, ...], events: str | None, **options: Unpack[Options]) -> None:
     """Run COMMAND with a watcher beside it.
+
+    With --on-expiry report nothing is ever killed, whatever a block asks for.
 
     Exits with the command's own status: 128+n if signal n ended it, 126 if it can't be
     executed, 127 if it isn't found, 125 if hangwatch itself failed before it was started.
     """
     from hangwatch.cli.run import run_watched
 
-    sys.exit(run_watched(list(command), report_dir, on_expiry, grace, tree))
+    options["force"] = options["on_expiry"] == OnExpiry.REPORT
+    sys.exit(run_watched(list(command), checked_settings(**options), events))
 
 
 @main.command()
 @click.option("--address", metavar="PATH", help="Listen at this path.")
 @click.option("--report-dir", metavar="DIR", help="Keep the newest 100 reports here.")
 @_expiry_options
+@click.option("--force", is_flag=True, help="Let --on-expiry override what blocks say.")
 @click.option("--lifeline", type=int, hidden=True)
-@click.option("--events", type=int, hidden=True)
+@click.option("--events-to", type=int, hidden=True)
 @click.option("--spare", type=int, default=0, hidden=True)
 def serve(
     address: str | None,
-    report_dir: str | None,
-    on_expiry: str,
-    grace: float,
-    tree: bool,
     lifeline: int | None,
-    events: int | None,
+    events_to: int | None,
     spare: int,
+    **options: Unpack[Options],
 ) -> None:
     """Watch the workers that connect, until told to stop.
 
@@ -126,16 +165,9 @@ def serve(
     """
     from hangwatch.keep.serve import serve as watch
 
-    settings = Settings(
-        on_expiry=OnExpiry(on_expiry),
-        grace=grace,
-        tree=tree,
-        report_dir=None if report_dir is None else os.path.abspath(report_dir),
-        allowed_uids=frozenset({os.geteuid()}),
-        spared_pid=spare,
-    )
+    settings = checked_settings(**options, spared_pid=spare)
     try:
-        watch(address, settings, lifeline, events)
+        watch(address, settings, lifeline, events_to)
     except HangwatchError as error:
         raise click.ClickException(str(error)) from None
 

@@ -15,30 +15,47 @@ import signal
 import time
 
 from hangwatch import linux
+from hangwatch.cli.event_file import EventFile
 from hangwatch.errors import HangwatchError
+from hangwatch.keep.event_listener import EventListener
 from hangwatch.keep.launch import WatcherProcess
-from hangwatch.watch.descendants import descendants_of
+from hangwatch.watcher.descendants import descendants_of
+from hangwatch.watcher.settings import Settings
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _AWAITED = {*_FORWARDED, signal.SIGCHLD, signal.SIGCONT, signal.SIGTSTP}
 _ORPHANS_MAY_TAKE = 2.0
+_EVENTS_MAY_TAKE = 2.0
 _SI_KERNEL = 0x80
 
 
-def run_watched(
-    command: list[str], report_dir: str, on_expiry: str, grace: float, tree: bool
-) -> int:
-    """Run `command` watched; see the command line's help for the exit status."""
+def run_watched(command: list[str], settings: Settings, events: str | None) -> int:
+    """Run `command` watched.
+
+    Args:
+        command: the words of the command.
+        settings: what the watcher is told.
+        events: path of the file to which events are appended; None: nowhere.
+
+    Returns:
+        The exit status, see the command line's help.
+    """
     _open_standard_streams()
     inherited = signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
     # Ignored, children would vanish without a word.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    listener = None
     try:
+        if events is not None:
+            listener = EventListener(EventFile(events, _say).append)
         linux.become_subreaper()
-        watcher = WatcherProcess(report_dir, on_expiry, grace, tree)
+        theirs = None if listener is None else listener.theirs.fileno()
+        watcher = WatcherProcess(settings, events=theirs)
     except (HangwatchError, OSError) as error:
         _say(f"{error}; the command was not started")
         return 125
+    if listener is not None:
+        listener.listen()
     try:
         early = signal.sigtimedwait(_FORWARDED, 0)
         if early is not None:
@@ -60,6 +77,8 @@ def run_watched(
         _end_orphans(watcher.pid)
     finally:
         watcher.stop()
+        if listener is not None:
+            listener.stop(_EVENTS_MAY_TAKE)
     return status if status >= 0 else 128 - status
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from time import monotonic, sleep
 
-from hangwatch.evidence import proc, stacks
+from hangwatch.evidence import debuggers, proc, stacks
 from hangwatch.evidence.model import Evidence, OtherWorker, Process
 
 
@@ -18,7 +18,13 @@ def gather(asked: stacks.Asked, others: list[OtherWorker]) -> Evidence:
     pid = asked.identity.pid
     began = monotonic()
     first = proc.readings(pid)
-    threads, missing = stacks.collect(asked)
+    debugger = debuggers.tracing(pid)
+    if debugger is None:
+        threads, missing = stacks.collect(asked)
+        debugger = debuggers.in_stacks(threads)
+    else:
+        # Signals of a traced process stop at its tracer.
+        threads, missing = [], [f"Python stacks: {debugger}, and would see the request"]
     sleep(max(0.0, began + proc.BETWEEN_READINGS_S - monotonic()))
     second = proc.readings(pid)
     between = monotonic() - began
@@ -41,4 +47,4 @@ def gather(asked: stacks.Asked, others: list[OtherWorker]) -> Evidence:
         children=children,
         tasks=tasks,
     )
-    return Evidence(threads, process, others, missing)
+    return Evidence(threads, process, others, missing, debugger)

@@ -15,6 +15,8 @@ class Outcome(StrEnum):
     """Killed by us, its death confirmed."""
     RECOVERED = "recovered"
     """The block ended by itself before any harm was done."""
+    RAISED = "raised"
+    """`TimerExpired` was raised in the block, and ended it."""
     REPORTED = "reported"
     """Left alone, as `on_expiry` says or because killing was not safe."""
     GONE = "gone"
@@ -99,12 +101,20 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class OpenScope:
-    """A block that another worker was inside of at the verdict; seconds."""
+    """A block that another worker was inside of at the verdict; seconds.
+
+    Attributes:
+        limit_s: how long it may take; of a renewed block, its present interval.
+        inside_s: how long it has been in there, suspended time not counted.
+        entry: how often its thread had entered it.
+        pauses: whether the block suspends the worker's others.
+    """
 
     name: str
     limit_s: float
     inside_s: float
     entry: int
+    pauses: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +128,16 @@ class OtherWorker:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What was gathered; `missing` says what was not, and why."""
+    """What was gathered; `missing` says what was not, and why.
+
+    `debugger` says which debugger holds the process, if any.
+    """
 
     threads: list[ThreadStack] = field(default_factory=list)
     process: Process = field(default_factory=Process)
     others: list[OtherWorker] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    debugger: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +154,15 @@ class Scope:
     """The block that overran.
 
     Attributes:
-        limit_s: how long it may take.
-        inside_s: how long the thread had been inside at the verdict.
+        limit_s: how long it may take; of a renewed block, its present interval.
+        inside_s: how long the thread had been inside at the verdict, suspended time not
+            counted.
         late_s: from the deadline to the verdict.
         entry: how often this thread had entered it, this time included.
         enclosing: names of the open blocks around it, innermost first.
+        within: names of the open blocks inside of it, innermost first.
+        since_renewal_s: how long ago it was renewed; None: never.
+        pauses: whether it suspends the worker's other timers.
     """
 
     name: str
@@ -154,6 +172,9 @@ class Scope:
     entry: int
     thread: ScopeThread
     enclosing: list[str]
+    within: list[str] = field(default_factory=list)
+    since_renewal_s: float | None = None
+    pauses: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,6 +94,14 @@ def signal_masks(pid: int, tid: int) -> SignalMasks | None:
     return SignalMasks(masks["SigPnd"], masks["ShdPnd"], masks["SigBlk"], masks["SigCgt"])
 
 
+def tracer(pid: int) -> int:
+    """Return the process that traces a process, a debugger or strace; 0: none. ptrace(2)."""
+    for line in (_read(f"/proc/{pid}/status") or "").splitlines():
+        if line.startswith("TracerPid:"):
+            return int(line.split()[1])
+    return 0
+
+
 def credentials(pid: int) -> tuple[int, int, list[int]]:
     """Return a process's effective user and group and its other groups.
 

@@ -10,7 +10,8 @@ from hangwatch.evidence.model import SCHEMA, Case, Outcome, Report, ThreadStack
 
 _ENDINGS = {
     Outcome.REAPED: "killed, its death confirmed {last}",
-    Outcome.RECOVERED: "the block ended {last}; left alone from then on",
+    Outcome.RECOVERED: "slow, not hung: {result}, at most {late} late; left alone",
+    Outcome.RAISED: "TimerExpired was raised there, and has ended the block {last}",
     Outcome.REPORTED: "reported only, left alone",
     Outcome.GONE: "it died otherwise {last}",
     Outcome.UNKILLABLE: "SIGKILL has not ended it {last}; trying again",
@@ -26,17 +27,25 @@ def who(case: Case) -> str:
 
 def headline(report: Report) -> str:
     """Say in one line who hung, where, for how long, against what limit, and what came of it."""
-    last = f"{report.actions[-1].at_s * 1000:.0f} ms after the verdict" if report.actions else ""
-    ending = _ENDINGS[report.outcome].format(last=last).replace("  ", " ").replace(" ;", ";")
+    at = report.actions[-1].at_s if report.actions else 0.0
+    last = f"{at * 1000:.0f} ms after the verdict" if report.actions else ""
+    late = f"{(report.case.scope.late_s + at) * 1000:.0f} ms"
+    result = report.actions[-1].result if report.actions else ""
+    ending = _ENDINGS[report.outcome].format(last=last, late=late, result=result)
+    ending = ending.replace("  ", " ").replace(" ;", ";")
     return f"{overrun(report.case)}; {shown(ending.strip())}"
 
 
 def overrun(case: Case) -> str:
     """Say in one line who hung, where, for how long, against what limit."""
     scope = case.scope
+    inside = f"{scope.inside_s:.3f} s inside"
+    if scope.since_renewal_s is not None:
+        inside = f"{scope.since_renewal_s:.3f} s since it was renewed, {inside}"
     return shown(
-        f"{who(case)} overran {scope.name!r}: {scope.inside_s:.3f} s inside, "
+        f"{who(case)} overran {'the pause ' if scope.pauses else ''}{scope.name!r}: {inside}, "
         f"limit {scope.limit_s:g} s, thread {scope.thread.name or scope.thread.native_id}"
+        + (f", now in {scope.within[0]!r}" if scope.within else "")
     )
 
 
@@ -75,8 +84,12 @@ def to_text(report: Report, most_threads: int | None = None) -> str:
     lines += ["", f"command: {' '.join(case.worker.command)}"]
     if case.worker.labels:
         lines.append("labels:  " + ", ".join(f"{k}={v}" for k, v in case.worker.labels.items()))
-    if case.scope.enclosing:
-        lines.append("inside:  " + " in ".join([case.scope.name, *case.scope.enclosing]))
+    scope = case.scope
+    if scope.enclosing or scope.within:
+        chain = [*scope.within, f"{scope.name} (overran)", *scope.enclosing]
+        lines.append("inside:  " + " in ".join(chain))
+    if report.evidence.debugger is not None:
+        lines.append(f"debugger: {report.evidence.debugger}")
     if process.state is not None:
         lines.append(
             f"process: state {process.state}, wchan {process.wchan or '?'}, "
@@ -91,8 +104,9 @@ def to_text(report: Report, most_threads: int | None = None) -> str:
         rank = other.labels.get("rank")
         name = f"pid {other.pid}" if rank is None else f"rank {rank} (pid {other.pid})"
         doing = ", ".join(
-            f"{scope.name!r} for {scope.inside_s:.3f} of {scope.limit_s:g} s"
-            for scope in other.scopes
+            f"{'the pause ' if scope.pauses else ''}{scope.name!r} "
+            f"for {scope.inside_s:.3f} of {scope.limit_s:g} s"
+            for scope in sorted(other.scopes, key=lambda scope: not scope.pauses)
         )
         lines.append(f"other:   {name} in {doing or 'no scope'}")
     lines += [

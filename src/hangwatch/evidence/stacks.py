@@ -30,6 +30,7 @@ class Asked:
     Attributes:
         identity: the worker.
         channel: what the worker registered; None if it registered nothing.
+        unasked: why nothing is to be asked at all; None: ask.
         inode: the memfd's device and inode, as it came with the handshake.
         ident: `threading.get_ident()` of the thread inside the block; `native_id` its
             kernel id.
@@ -47,6 +48,7 @@ class Asked:
     names: dict[int, str]
     is_overdue: Callable[[], bool]
     doomed: bool
+    unasked: str | None = None
 
 
 def collect(asked: Asked) -> tuple[list[ThreadStack], list[str]]:
@@ -56,6 +58,8 @@ def collect(asked: Asked) -> tuple[list[ThreadStack], list[str]]:
         The threads, the block's own first, and what is missing and why.
     """
     channel = asked.channel
+    if asked.unasked is not None:
+        return [], [f"Python stacks: {asked.unasked}"]
     if channel is None:
         return [], ["Python stacks: the worker has no stack channel"]
     own, problem = _dump(asked, channel.own, [asked.native_id])
@@ -99,7 +103,7 @@ def _dump(
     pid = asked.identity.pid
     assert asked.channel is not None
     path = f"/proc/{pid}/fd/{asked.channel.fd}"
-    tid, problem = _who_takes(pid, signal, tids)
+    tid, problem = who_takes(pid, signal, tids)
     if tid is None:
         return [], problem
     try:
@@ -132,7 +136,12 @@ def _dump(
     return threads, problem
 
 
-def _who_takes(pid: int, signal: int, tids: list[int]) -> tuple[int | None, str | None]:
+def who_takes(pid: int, signal: int, tids: list[int]) -> tuple[int | None, str | None]:
+    """Find the first of some threads in which a signal would be handled now.
+
+    Returns:
+        Its kernel id, or None; and why those before it would not take it.
+    """
     problem = "the thread has ended"
     for tid in tids:
         masks = proc.signal_masks(pid, tid)

@@ -10,11 +10,14 @@ from __future__ import annotations
 import logging
 import os
 import select
+import socket
+from collections.abc import Callable
+from functools import partial
 from time import monotonic
 
 from hangwatch import linux
 from hangwatch.handover import Kept
-from hangwatch.keep.life import Watch, WatcherLife
+from hangwatch.keep.life import WatcherLife
 from hangwatch.keep.signals import SignalPipe
 from hangwatch.keep.systemd import Notifier
 from hangwatch.process import wait_readable
@@ -31,11 +34,14 @@ class Keeper:
     """Keeps a watcher running.
 
     Args:
-        watch: what each watcher process does; when it returns, so does `run`.
+        watch: what each watcher process does, told whether it is a successor; when it
+            returns, so does `run`.
         notifier: who is told how the watcher is.
     """
 
-    def __init__(self, watch: Watch, notifier: Notifier) -> None:
+    def __init__(
+        self, watch: Callable[[bool, socket.socket, dict[int, Kept]], None], notifier: Notifier
+    ) -> None:
         self._watch = watch
         self._notifier = notifier
         self._kept: dict[int, Kept] = {}
@@ -51,7 +57,9 @@ class Keeper:
         while not self._stopping:
             ready = False
             try:
-                life = WatcherLife(self._watch, self._kept, self._signals.close)
+                successor = self._lost_at is not None
+                watch = partial(self._watch, successor)
+                life = WatcherLife(watch, self._kept, self._signals.close)
             except OSError as error:
                 _log.error("no watcher can be started: %s", error.strerror)
             else:

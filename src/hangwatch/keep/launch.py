@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hangwatch.errors import LaunchError
 from hangwatch.keep import address
-from hangwatch.watch.settings import OnExpiry
+from hangwatch.watcher.settings import Settings
 
 _READY_WITHIN = 15.0
 
@@ -29,7 +29,6 @@ class WatcherProcess:
         tree: whether a worker's descendants are killed with it.
         at: where it listens; by default at an address of its own.
         events: a socket that it tells `Event`s to; still the caller's afterwards.
-        spares_us: whether this process itself is never signalled, whatever it overruns.
 
     Raises:
         LaunchError: it did not become ready: its message says why.
@@ -37,23 +36,14 @@ class WatcherProcess:
 
     def __init__(
         self,
-        report_dir: str | os.PathLike[str] | None = None,
-        on_expiry: OnExpiry | str = OnExpiry.REAP,
-        grace: float = 0.0,
-        tree: bool = True,
+        settings: Settings,
         at: str | None = None,
         events: int | None = None,
-        spares_us: bool = False,
     ) -> None:
         self.address = os.path.abspath(at or address.private_address())
-        arguments = ["--address", self.address, "--on-expiry", OnExpiry(on_expiry).value]
-        arguments += ["--grace", repr(float(grace)), "--tree" if tree else "--no-tree"]
-        if report_dir is not None:
-            arguments += ["--report-dir", os.path.abspath(report_dir)]
-        if spares_us:
-            arguments += ["--spare", str(os.getpid())]
+        arguments = ["--address", self.address, *arguments_of(settings)]
         if events is not None:
-            arguments += ["--events", str(events)]
+            arguments += ["--events-to", str(events)]
         lifeline, self._lifeline = os.pipe()
         _all.add(self)
         # An abstract name: no file, no folder, nothing that can be too long; unix(7).
@@ -137,6 +127,26 @@ class WatcherProcess:
         self._process.wait()
         self._close()
         raise LaunchError(f"the watcher was not ready within {_READY_WITHIN:g} s")
+
+
+def arguments_of(settings: Settings) -> list[str]:
+    """Return settings as options of ``hangwatch serve``."""
+    options = {
+        "--on-expiry": settings.on_expiry.value,
+        "--grace": repr(settings.grace),
+        "--signal": str(settings.signal or ""),
+        "--gap": repr(settings.gap) if settings.gap else "",
+        "--report-dir": settings.report_dir or "",
+        "--spare": str(settings.spared_pid or ""),
+    }
+    flags = {
+        "--force": settings.force,
+        "--no-tree": not settings.tree,
+        "--no-stacks": not settings.stacks,
+        "--kill-debugged": settings.kill_debugged,
+    }
+    given = [word for name, value in options.items() if value for word in (name, value)]
+    return given + [name for name, is_set in flags.items() if is_set]
 
 
 def _environment(notify: str) -> dict[str, str]:

@@ -16,7 +16,7 @@ from hangwatch import handover
 from hangwatch.handover import Kept, Kind, Message
 from hangwatch.keep.signals import STOPPING_SIGNALS
 from hangwatch.process import read_stat
-from hangwatch.watch.reception import lack_of_descriptors
+from hangwatch.watcher.reception import lack_of_descriptors
 
 Watch = Callable[[socket.socket, dict[int, Kept]], None]
 """What a watcher process does, given its link to the keeper and who is connected."""

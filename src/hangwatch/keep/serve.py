@@ -15,9 +15,9 @@ from hangwatch.keep.keeper import Keeper
 from hangwatch.keep.signals import STOPPING_SIGNALS, SignalPipe
 from hangwatch.keep.systemd import Notifier, take_listener
 from hangwatch.process import read_stat
-from hangwatch.watch.events import Events
-from hangwatch.watch.settings import Settings
-from hangwatch.watch.watcher import Watcher
+from hangwatch.watcher.events import Events
+from hangwatch.watcher.settings import Settings
+from hangwatch.watcher.watcher import Watcher
 
 
 def serve(
@@ -51,8 +51,8 @@ def serve(
     if events is not None:
         os.set_inheritable(events, False)
 
-    def watch(link: socket.socket, kept: dict[int, Kept]) -> None:
-        if not _watch(listener, link, kept, settings, lifeline, launcher, events):
+    def watch(successor: bool, link: socket.socket, kept: dict[int, Kept]) -> None:
+        if not _watch(listener, link, kept, settings, lifeline, launcher, events, successor):
             # The keeper, who would do so, is gone.
             _remove(ours)
 
@@ -90,6 +90,7 @@ def _watch(
     lifeline: int | None,
     launcher: int | None,
     events: int | None,
+    successor: bool,
 ) -> bool:
     """Be the watcher process; tell, at its end, whether the keeper still lives."""
     linux.name_process("hw-watcher")
@@ -115,7 +116,7 @@ def _watch(
             watcher.stop()
 
     # First, so that its epoll gets one of the low numbers that the keeper's signals had.
-    watcher = Watcher(listener, link, settings, paused, Events(events))
+    watcher = Watcher(listener, link, settings, paused, Events(events), successor)
     signals = SignalPipe()
     watcher.loop.add(signals.fileno(), signalled)
     if lifeline is not None:

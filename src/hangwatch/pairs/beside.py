@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 import os
-import socket
-import threading
 from collections.abc import Callable
 from time import monotonic
 
 from hangwatch.errors import AddressError, LaunchError
 from hangwatch.folder import known_folder
 from hangwatch.keep.address import check_folder
+from hangwatch.keep.event_listener import EventListener
 from hangwatch.keep.launch import WatcherProcess
 from hangwatch.pairs import place
-from hangwatch.watch.events import MOST_BYTES, Event
-
-_log = logging.getLogger("hangwatch")
+from hangwatch.watcher.events import Event
+from hangwatch.watcher.settings import Settings
 
 
 class WatcherBeside:
@@ -40,11 +36,11 @@ class WatcherBeside:
         on_event: Callable[[Event], None],
     ) -> None:
         self._link = link
-        self._on_event = on_event
-        self._events, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener = EventListener(on_event)
+        folder = None if report_dir is None else os.path.abspath(report_dir)
+        settings = Settings(report_dir=folder, spared_pid=os.getpid())
         try:
-            with theirs:
-                self._process = WatcherProcess(report_dir, events=theirs.fileno(), spares_us=True)
+            self._process = WatcherProcess(settings, events=self._listener.theirs.fileno())
             try:
                 check_folder(known_folder())
                 place.sweep()
@@ -53,10 +49,9 @@ class WatcherBeside:
                 self._process.stop()
                 raise LaunchError(f"the watcher can't be made known to workers: {error}") from None
         except BaseException:
-            self._events.close()
+            self._listener.close()
             raise
-        self._thread = threading.Thread(target=self._listen, name="hangwatch-events", daemon=True)
-        self._thread.start()
+        self._listener.listen()
 
     @property
     def pid(self) -> int:
@@ -65,7 +60,7 @@ class WatcherBeside:
 
     def has_ended(self) -> bool:
         """Tell whether neither keeper nor watcher is left; one of them alone goes on."""
-        return not self._thread.is_alive() and self._process.ended() is not None
+        return self._listener.has_ended() and self._process.ended() is not None
 
     def show(self) -> None:
         """Let clients find it again, if somebody removed the link, or another took it down."""
@@ -84,20 +79,4 @@ class WatcherBeside:
         What it has begun by then it ends by itself.
         """
         self._process.stop(max(0.0, until - monotonic()))
-        if self._thread is not threading.current_thread():
-            self._thread.join(max(0.0, until - monotonic()))
-        with contextlib.suppress(OSError):
-            self._events.shutdown(socket.SHUT_RDWR)
-        if self._thread is not threading.current_thread():
-            self._thread.join(0.05)
-
-    def _listen(self) -> None:
-        with self._events:
-            while True:
-                message = self._events.recv(MOST_BYTES)
-                if not message:
-                    return
-                try:
-                    self._on_event(json.loads(message))
-                except BaseException:  # a callback's sys.exit() must not end this thread
-                    _log.exception("what the watcher tells could not be passed on")
+        self._listener.stop(max(0.0, until - monotonic()))

@@ -27,7 +27,7 @@ TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
     from hangwatch.worker.blocks import Block
 
-_OF_THIS_PROCESS = ("_requested", "_acquired", "_worker")
+_OF_THIS_PROCESS = ("_requested", "_acquired", "_worker", "_warned")
 
 
 @remember("acquire", "release")
@@ -38,6 +38,7 @@ class DropInClient(BuiltInClient):
         self._requested = Requested(self._send)
         self._acquired = Acquired()
         self._worker: WorkerClient | None = None
+        self._warned = False
         _clients.add(self)
 
     def _forget_parent(self) -> None:
@@ -89,7 +90,7 @@ class DropInClient(BuiltInClient):
         after = max(expiration_time - time.time(), 1e-9)
         signal = self._signal_in_page()
         scope = Scope(scope_id, keeps=self, signal=signal)
-        slot = worker.choose(("acquired", id(self), scope_id, signal), after, after, scope)
+        slot = worker.claim(("acquired", id(self), scope_id, signal), after, after, scope)
         self._acquired.release(scope_id)
         self._acquired.add(scope_id, slot)
         if self._requested.holds(scope_id):  # from before there was a watcher
@@ -110,12 +111,28 @@ class DropInClient(BuiltInClient):
         worker = self._connected()
         # In a block that began on the legacy road, it is that one's timer that it replaces.
         if worker is None or self._requested.holds(scope.name):
-            return RequestedBlock(self._requested, scope.name, limit)
-        scope.signal = self._signal_in_page()
-        scope.independent = False
+            self._say_what_is_lost(scope)
+            return RequestedBlock(self._requested, scope, limit)
+        scope.signal = scope.signal or self._signal_in_page()
+        scope.independent = scope.pauses
         slot = worker.choose((key, scope.signal), after, limit, scope)
+        if not isinstance(slot, Slot):
+            return slot
         outer = slot.thread.innermost(scope.name)
         return slot if outer is None else ReplacingBlock(outer, slot)
+
+    def _say_what_is_lost(self, scope: Scope) -> None:
+        """Warn once that the legacy road doesn't carry what a caller chose about an overrun."""
+        chosen = scope.on_expiry not in (None, "reap") or scope.grace or scope.signal
+        if chosen and not self._warned:
+            self._warned = True
+            import logging
+
+            logging.getLogger("hangwatch").warning(
+                "hangwatch: no watcher is beside the timer server, which knows neither on_expiry "
+                "nor grace nor signal: blocks that are only to be reported run unwatched, "
+                "the others are reaped its way"
+            )
 
     def _lost(self) -> None:
         """Look for the watcher of a server that was started anew."""

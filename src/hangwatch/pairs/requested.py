@@ -10,11 +10,12 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from math import nan
+from math import inf, nan
 
 from hangwatch.worker.acquired import Holder, holder
 from hangwatch.worker.blocks import NoThread
-from hangwatch.worker.slots import VOID_SLOT, Slot
+from hangwatch.worker.slots import VOID_SLOT, Scope, Slot
+from hangwatch.worker.soft_ending import leaves
 
 RELEASE = -1.0
 _UNKNOWN = nan
@@ -23,17 +24,23 @@ _TRY_AGAIN_AFTER = 0.05
 
 
 class _Timer:
-    """One block's, or one call's, timer: its limit in seconds, and when it expires (epoch)."""
+    """One block's, or one call's, timer: its limit in seconds, and when it expires (epoch).
 
-    __slots__ = ("expiration_time", "holder", "limit")
+    Cancelled, it never does. `began` is when its present interval did.
+    """
 
-    def __init__(self, expiration_time: float) -> None:
-        self.limit = expiration_time - time.time()
+    __slots__ = ("began", "expiration_time", "holder", "limit", "pauses")
+
+    def __init__(self, expiration_time: float, pauses: bool = False) -> None:
+        self.began = time.time()
+        self.limit = expiration_time - self.began
         self.expiration_time = expiration_time
         self.holder = holder()
+        self.pauses = pauses
 
-    def restart(self) -> None:
-        self.expiration_time = time.time() + self.limit
+    def restart(self, limit: float | None = None) -> None:
+        self.began = time.time()
+        self.expiration_time = self.began + (self.limit if limit is None else limit)
 
 
 class Requested:
@@ -58,6 +65,7 @@ class Requested:
         self._stacks: dict[str, dict[Holder, list[_Timer]]] = {}
         self._told: dict[str, float] = {}
         self._waiting: dict[str, float] = {}
+        self._paused_since = 0.0
 
     def __contains__(self, scope_id: object) -> bool:
         return scope_id in self._stacks
@@ -69,8 +77,10 @@ class Requested:
     def begin(self, scope_id: str, timer: _Timer) -> None:
         """Begin a block; if that raises, `end` it."""
         with self._lock:
+            if timer.pauses and not self._is_paused():
+                self._paused_since = time.time()
             self._stacks.setdefault(scope_id, {}).setdefault(timer.holder, []).append(timer)
-            self._tell(scope_id)
+            self._tell_all() if timer.pauses else self._tell(scope_id)
 
     def end(self, scope_id: str, timer: _Timer) -> None:
         """End a block, from whichever thread. What was interrupted may be called again."""
@@ -80,8 +90,19 @@ class Requested:
                 if timer is mine[-1] and len(mine) > 1:
                     mine[-2].restart()
                 mine.remove(timer)
+                if timer.pauses and not self._is_paused():
+                    self._shift(time.time())
             self._prune(scope_id)
+            self._tell_all() if timer.pauses else self._tell(scope_id)
+
+    def renew(self, scope_id: str, timer: _Timer, limit: float | None) -> bool:
+        """Give a block another interval; return False if it has ended."""
+        with self._lock:
+            if timer not in self._stacks.get(scope_id, {}).get(timer.holder, []):
+                return False
+            timer.restart(limit)
             self._tell(scope_id)
+        return True
 
     def replace(self, scope_id: str, expiration_time: float) -> None:
         """Acquire by a call: whatever the caller has of that scope, this takes its place."""
@@ -111,10 +132,28 @@ class Requested:
         else:
             self._stacks.pop(scope_id, None)
 
+    def _timers(self) -> list[_Timer]:
+        return [timer for by in self._stacks.values() for mine in by.values() for timer in mine]
+
+    def _is_paused(self) -> bool:
+        return any(timer.pauses for timer in self._timers())
+
+    def _shift(self, now: float) -> None:
+        """Give every timer back the time that it was suspended for."""
+        for timer in self._timers():
+            timer.expiration_time += max(0.0, now - max(self._paused_since, timer.began))
+
+    def _tell_all(self) -> None:
+        for scope_id in {*self._stacks, *self._told}:
+            self._tell(scope_id)
+
     def _tell(self, scope_id: str, anew: bool = False) -> None:
         """Tell the server what holds now, if that is not what it knows."""
-        tops = [mine[-1].expiration_time for mine in self._stacks.get(scope_id, {}).values()]
-        wanted = min(tops, default=RELEASE)
+        tops = [mine[-1] for mine in self._stacks.get(scope_id, {}).values()]
+        if self._is_paused():
+            tops = [timer for timer in tops if timer.pauses]
+        times = [timer.expiration_time for timer in tops if timer.expiration_time < inf]
+        wanted = min(times, default=RELEASE)
         if self._told.get(scope_id, RELEASE) == wanted and not anew:
             return
         before = self._told.get(scope_id, RELEASE)
@@ -158,7 +197,7 @@ class RequestedBlock:
 
     thread = NoThread
 
-    def __init__(self, requested: Requested, scope: str, limit: float) -> None:
+    def __init__(self, requested: Requested, scope: Scope, limit: float) -> None:
         self._requested = requested
         self._scope = scope
         self._limit = limit
@@ -167,14 +206,17 @@ class RequestedBlock:
     def nest(self, block: object) -> Slot:
         """Ask for the timer; the slot that is armed then is nobody's."""
         try:
-            self._timer = timer = _Timer(time.time() + self._limit)
-            self._requested.begin(self._scope, timer)
+            # A server of this road can't but kill.
+            limit = inf if self._scope.on_expiry == "report" else self._limit
+            self._timer = timer = _Timer(time.time() + limit, self._scope.pauses)
+            self._requested.begin(self._scope.name, timer)
         except BaseException:
             with suppress(Exception):
                 self._end()
             raise
         return VOID_SLOT
 
+    @leaves
     def exit(self, kind: object, error: object, traceback: object) -> None:
         """Give it back. A server that is gone by now has nothing to be given back."""
         try:
@@ -183,7 +225,7 @@ class RequestedBlock:
             import logging
 
             logging.getLogger("hangwatch").warning(
-                "hangwatch: the end of block %r could not be told: %s", self._scope, problem
+                "hangwatch: the end of block %r could not be told: %s", self._scope.name, problem
             )
         except BaseException:
             # An interruption: the server would end a healthy worker for it.
@@ -191,6 +233,24 @@ class RequestedBlock:
                 self._end()
             raise
 
+    def renew(self, limit: float | None) -> bool:
+        """Ask for another interval."""
+        if self._scope.on_expiry == "report":
+            limit = inf
+        return self._timer is not None and self._requested.renew(
+            self._scope.name, self._timer, limit
+        )
+
+    def cancel(self) -> bool:
+        """Give the timer back; the block goes on."""
+        return self.renew(inf)
+
+    def remaining(self) -> float | None:
+        """Return the seconds that are left."""
+        return None if self._timer is None else self._timer.expiration_time - time.time()
+
     def _end(self) -> None:
-        if self._timer is not None:
-            self._requested.end(self._scope, self._timer)
+        timer = self._timer
+        if timer is not None:
+            self._requested.end(self._scope.name, timer)
+            self._timer = None

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from hangwatch.pairs.beside import WatcherBeside
-    from hangwatch.watch.events import Event
+    from hangwatch.watcher.events import Event
 
 # How long a round waits at most, so that a stop is not waited for.
 _LONGEST_WAIT = 0.25

@@ -6,6 +6,44 @@ from collections.abc import Hashable
 from math import inf
 from types import CodeType
 
+from hangwatch import page
+
+LAST_SIGNAL = 64
+"""The kernel's, on every machine but MIPS; signal(7)."""
+
+
+class Asked:
+    """What a caller chose besides the limit and the name, unchecked; None: nothing.
+
+    Attributes:
+        key: tells one choice from another.
+    """
+
+    __slots__ = ("client", "grace", "key", "on_expiry", "pauses", "signal")
+
+    def __init__(
+        self,
+        client: object = None,
+        on_expiry: object = None,
+        grace: object = None,
+        signal: object = None,
+        pauses: bool = False,
+    ) -> None:
+        self.client = client
+        self.on_expiry = on_expiry
+        self.grace = grace
+        self.signal = signal
+        self.pauses = pauses
+        self.key: tuple[Hashable, ...] = id(client), on_expiry, grace, signal, pauses
+
+    @property
+    def is_more_than_a_client(self) -> bool:
+        """Whether anything is chosen that a client who acquires and releases can't do."""
+        return self.key[1:] != NOTHING_ASKED.key[1:]
+
+
+NOTHING_ASKED = Asked()
+
 
 def checked_limit(after: object) -> float:
     """Return a block's limit in seconds.
@@ -30,6 +68,51 @@ def checked_limit(after: object) -> float:
             "leave the block out if it may take for ever"
         )
     return limit
+
+
+def checked_choices(on_expiry: object, grace: object, signal: object) -> tuple[int, int, float]:
+    """Return what a caller chose about an overrun, as `page` has it: flags, signal, grace.
+
+    Raises:
+        ValueError, TypeError: one of these is none: the caller's fault.
+    """
+    if on_expiry not in page.ON_EXPIRY:
+        raise ValueError(f"on_expiry must be 'report', 'raise' or 'reap', not {on_expiry!r:.40}")
+    number = 0 if signal is None else checked_signal(signal)
+    if grace is None:
+        return page.ON_EXPIRY.index(on_expiry), number, 0.0
+    return page.ON_EXPIRY.index(on_expiry), number, checked_grace(grace) or page.NO_GRACE
+
+
+def checked_grace(grace: object) -> float:
+    """Return a grace in seconds.
+
+    Raises:
+        ValueError, TypeError: `grace` is none: the caller's fault.
+    """
+    if not isinstance(grace, int | float):
+        raise TypeError(f"grace must be a number of seconds, not {type(grace).__name__}")
+    if not 0 <= grace < inf:
+        raise ValueError(f"grace must be a number of seconds, 0 or more, not {grace!r:.40}")
+    return float(grace)
+
+
+def checked_signal(number: object) -> int:
+    """Return the number of a signal.
+
+    Raises:
+        ValueError, TypeError: there is no such signal: the caller's fault.
+    """
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise TypeError(
+            f"signal must be a signal's number, such as signal.SIGTERM, not {number!r:.40}"
+        )
+    if not 0 < number <= LAST_SIGNAL:
+        raise ValueError(
+            f"signal must be a signal's number, 1 to {LAST_SIGNAL}, not {number!r:.40}: "
+            "for no signal at all, on_expiry='report'"
+        )
+    return int(number)
 
 
 def checked_scope(scope: Hashable) -> str:

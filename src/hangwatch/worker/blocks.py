@@ -5,13 +5,19 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Hashable
+from math import inf
+from time import monotonic
 
 from hangwatch import page
+from hangwatch.errors import UnsupportedError
 from hangwatch.worker.slots import VOID_SLOT, Scope, Slot
+from hangwatch.worker.soft_ending import leaves
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
     from typing import Protocol
+
+    from hangwatch.worker.pauses import Pauses
 
     class ContractClient(Protocol):
         """The two methods that every timer client has."""
@@ -22,7 +28,19 @@ if TYPE_CHECKING:
         def release(self, scope_id: str) -> None:
             """Release it."""
 
-    class Block(Protocol):
+    class Timer(Protocol):
+        """An open block's timer, as its holder handles it. False: the block has ended."""
+
+        def renew(self, limit: float | None) -> bool:
+            """Begin another interval now; None: of the block's own limit, in seconds."""
+
+        def cancel(self) -> bool:
+            """Let the block go on without a deadline."""
+
+        def remaining(self) -> float | None:
+            """Return the seconds that are left; infinite without a deadline."""
+
+    class Block(Timer, Protocol):
         """In the place of a slot: a block with a way of its own to begin and to end."""
 
         @property
@@ -48,6 +66,54 @@ class NoThread:
     alone = None
 
 
+class SlotTimer:
+    """The timer of the block that armed a slot as `entry`."""
+
+    def __init__(self, slot: Slot, entry: float) -> None:
+        self._slot = slot
+        self._entry = entry
+
+    def renew(self, limit: float | None) -> bool:
+        """Begin another interval."""
+        return self._slot.renew(self._entry, limit)
+
+    def cancel(self) -> bool:
+        """Let the block go on without a deadline."""
+        return self._slot.suspend(self._entry)
+
+    def remaining(self) -> float | None:
+        """Return the seconds that are left."""
+        slot, entry = self._slot, self._entry
+        deadline = slot.words[slot.deadline_at]
+        if not slot.is_open(entry):
+            return None
+        if deadline >= page.NEVER:
+            return inf
+        pauses = slot.thread.pauses
+        since = None if pauses is None or slot.scope.pauses else pauses.stand_since()
+        now = monotonic() if since is None else max(since, deadline - slot.interval(entry))
+        return deadline - now
+
+
+class Unwatched:
+    """The timer of blocks that nobody watches: there is nothing to be done."""
+
+    def renew(self, limit: float | None) -> bool:
+        """Do nothing."""
+        return True
+
+    def cancel(self) -> bool:
+        """Do nothing."""
+        return True
+
+    def remaining(self) -> float | None:
+        """Return that there is no deadline."""
+        return inf
+
+
+UNWATCHED = Unwatched()
+
+
 class ContractBlock:
     """A block whose client is called as the contract says, once a block."""
 
@@ -57,10 +123,12 @@ class ContractBlock:
         self.client = client
         self.scope = scope
         self.limit = limit
+        self._expires: float | None = None
 
     def nest(self, block: object) -> Slot:
         """Acquire; the slot that is armed then is nobody's."""
         try:
+            self._expires = monotonic() + self.limit
             self.client.acquire(self.scope, time.time() + self.limit)
         except Exception:
             raise
@@ -71,8 +139,10 @@ class ContractBlock:
             raise
         return VOID_SLOT
 
+    @leaves
     def exit(self, kind: object, error: object, traceback: object) -> None:
         """Release; the body's own exception always wins."""
+        self._expires = None
         try:
             self.client.release(self.scope)
         except Exception:
@@ -85,6 +155,18 @@ class ContractBlock:
                 self.scope,
                 exc_info=True,
             )
+
+    def renew(self, limit: float | None) -> bool:
+        """Refuse: a client's `acquire` is called once a block."""
+        raise cannot(self.client, "renew a timer")
+
+    def cancel(self) -> bool:
+        """Refuse: a client's `release` is called once a block."""
+        raise cannot(self.client, "cancel a timer")
+
+    def remaining(self) -> float | None:
+        """Return the seconds that are left."""
+        return None if self._expires is None else self._expires - monotonic()
 
 
 class ReplacingBlock:
@@ -101,20 +183,21 @@ class ReplacingBlock:
         self._outer = outer
         self._outer_entry = outer.words[outer.entry_at]
         self._inner = inner
+        timer = SlotTimer(inner, inner.entry)
+        self.renew, self.cancel, self.remaining = timer.renew, timer.cancel, timer.remaining
 
     def nest(self, block: object) -> Slot:
         """Arm the inner slot instead of the outer one."""
-        outer = self._outer
         self._inner.block = None
         try:
             self._inner.nest(block).arm()
-            # Not disarmed: a block in a block that has ended counts as ended, too.
-            outer.words[outer.deadline_at] = page.REPLACED
+            self._outer.suspend(self._outer_entry)
         except BaseException:
             self.exit(None, None, None)
             raise
         return VOID_SLOT
 
+    @leaves
     def exit(self, kind: object, error: object, traceback: object) -> None:
         """Give the outer block its own time anew."""
         try:
@@ -125,5 +208,49 @@ class ReplacingBlock:
 
     def _end(self) -> None:
         self._inner.exit(None, None, None)
-        if self._outer.is_open(self._outer_entry):
-            self._outer.restart()
+        self._outer.renew(self._outer_entry)
+
+
+class PausingBlock:
+    """A block that suspends the other timers of its page while it lasts.
+
+    Args:
+        slot: its own slot, claimed: its limit is how long the pause may be.
+        pauses: those of the page.
+    """
+
+    thread = NoThread
+
+    def __init__(self, slot: Slot, pauses: Pauses) -> None:
+        self._slot = slot
+        self._entry = slot.entry
+        self._pauses = pauses
+        timer = SlotTimer(slot, slot.entry)
+        self.renew, self.cancel, self.remaining = timer.renew, timer.cancel, timer.remaining
+
+    def nest(self, block: object) -> Slot:
+        """Begin the pause."""
+        self._slot.block = None
+        try:
+            self._pauses.begin(self._slot.nest(block))
+        except BaseException:
+            self.exit(None, None, None)
+            raise
+        return VOID_SLOT
+
+    @leaves
+    def exit(self, kind: object, error: object, traceback: object) -> None:
+        """End the pause; the other timers go on with what was left to them."""
+        try:
+            self._pauses.end(self._slot, self._entry)
+        except BaseException:  # an interruption: nothing may stay suspended, or lose its time
+            self._pauses.end(self._slot, self._entry)
+            raise
+
+
+def cannot(client: object, what: str) -> UnsupportedError:
+    """Return the error of who asks of a client what only a watcher of hangwatch's can do."""
+    return UnsupportedError(
+        f"{type(client).__name__} can't {what}: a client of a protocol of its own acquires and "
+        "releases; for more, use hangwatch.SharedMemoryTimerClient"
+    )

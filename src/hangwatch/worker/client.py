@@ -6,15 +6,21 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Hashable
+from math import inf
 from time import monotonic
 
-from hangwatch import linux
+from hangwatch import linux, page
 from hangwatch.errors import HangwatchError, NotConfiguredError
-from hangwatch.worker import connection, stack_channel
+from hangwatch.worker import connection, soft_ending, stack_channel
+from hangwatch.worker.blocks import PausingBlock
 from hangwatch.worker.connection import WatcherSocket
 from hangwatch.worker.labels import labels_from
 from hangwatch.worker.page_writer import PageWriter
 from hangwatch.worker.slots import VOID_SLOT, Scope, Slot, void_slot
+
+TYPE_CHECKING = False  # typing itself takes long to import
+if TYPE_CHECKING:
+    from hangwatch.worker.blocks import Block
 
 ADDRESS_VARIABLE = "HANGWATCH_ADDRESS"
 OFF = "off"
@@ -39,6 +45,7 @@ class WorkerClient:
         self._page_again = 0.0
         self._making = threading.RLock()
         self._socket: WatcherSocket | None = None
+        self._on_expiry = ""
         self._try_at = 0.0
         self._warned: set[str] = set()
         _clients.add(self)
@@ -62,8 +69,17 @@ class WorkerClient:
                     self._page = PageWriter(self.ring, self._warn_full)
         return self._page
 
-    def choose(self, key: Hashable, after: object, limit: float, scope: Scope) -> Slot:
+    def choose(self, key: Hashable, after: object, limit: float, scope: Scope) -> Slot | Block:
         """Claim a slot for a block, see `PageWriter.choose`; never fails for want of a watcher."""
+        slot = self.claim(key, after, limit, scope)
+        if scope.pauses and slot.limit < inf:
+            return PausingBlock(slot, self.page.pauses)
+        if (scope.on_expiry or self._on_expiry) == "raise" and slot.limit < inf:
+            self._prepare_to_raise()
+        return slot
+
+    def claim(self, key: Hashable, after: object, limit: float, scope: Scope) -> Slot:
+        """Claim a slot whatever its block is, see `choose`."""
         if self.address == OFF:
             return void_slot(key, after, scope)
         if self._page is None:
@@ -78,6 +94,18 @@ class WorkerClient:
         if self._socket is None:
             self.ring()  # connect before the block's time begins
         return self.page.choose(key, after, limit, scope)
+
+    def _prepare_to_raise(self) -> None:
+        """Let the watcher interrupt the main thread; does nothing in others."""
+        number = soft_ending.install(self._overdue)
+        if number:
+            self.page.words[page.RAISE_SIGNAL] = number
+
+    def _overdue(self, now: float) -> list[Slot]:
+        if self._page is None:
+            return []
+        asked = {"raise", None} if self._on_expiry == "raise" else {"raise"}
+        return self._page.overdue_in_this_thread(now, asked)
 
     def ring(self) -> None:
         """Have the watcher look at this process's page, connecting first if need be."""
@@ -134,6 +162,9 @@ class WorkerClient:
             linux.register_fence(),
             labels_from(os.environ),
         )
+        self._on_expiry = watcher.on_expiry
+        if watcher.on_expiry == "raise":
+            self._prepare_to_raise()
         self._socket = watcher
         # Who armed while we were at it had nobody to ring.
         watcher.ring()
@@ -141,21 +172,21 @@ class WorkerClient:
 
     def close(self) -> None:
         """Let go of the page and the connection."""
-        page, watcher = self._page, self._socket
+        own, watcher = self._page, self._socket
         self._page = self._socket = None
-        if page is not None:
-            page.descriptor.close()
+        if own is not None:
+            own.descriptor.close()
         if watcher is not None:
             watcher.close()
 
     def forget_parent(self) -> None:
         """In a forked child: touch nothing of the parent's, and start anew."""
-        page = self._page
+        own = self._page
         self._making = threading.RLock()
         self._try_at = self._page_again = 0.0
         self._warned = set()
-        if page is not None:
-            page.make_private()
+        if own is not None:
+            own.make_private()
         self.close()
 
     def _warn_full(self) -> None:
@@ -172,6 +203,12 @@ class WorkerClient:
 
 
 _clients: weakref.WeakSet[WorkerClient] = weakref.WeakSet()
+
+
+def all_slots() -> list[Slot]:
+    """Return the slots of this process, of all clients and threads."""
+    pages = [client._page for client in list(_clients)]
+    return [slot for page in pages if page is not None for slot in page.all_slots()]
 
 
 def _after_fork() -> None:

@@ -12,6 +12,7 @@ import socket
 import stat
 import struct
 import sys
+import threading
 from time import monotonic, sleep
 
 from hangwatch.errors import AddressError, ProtocolError, WatcherUnavailableError
@@ -73,18 +74,19 @@ def connect(
             python=".".join(map(str, sys.version_info[:3])),
             stacks=stacks,
             error_file=error_file_from(os.environ),
+            main_ident=threading.main_thread().ident or 0,
         )
         answer = _converse(connection, address, wire.encode_hello(hello), descriptors, until)
-        reason = wire.decode_reply(answer)
-        if reason is not None:
+        reply = wire.decode_reply(answer)
+        if reply.reason is not None:
             raise WatcherUnavailableError(
-                f"the watcher at {address} refuses this process: {reason}"
+                f"the watcher at {address} refuses this process: {reply.reason}"
             )
     except BaseException:
         connection.close()
         raise
     connection.setblocking(False)
-    return WatcherSocket(connection)
+    return WatcherSocket(connection, reply.on_expiry)
 
 
 class _Socket(socket.socket):
@@ -95,9 +97,14 @@ class _Socket(socket.socket):
 
 
 class WatcherSocket:
-    """The connection to the watcher, once we are welcome."""
+    """The connection to the watcher, once we are welcome.
 
-    def __init__(self, connection: socket.socket) -> None:
+    Attributes:
+        on_expiry: what an overrun leads to if the block chose nothing.
+    """
+
+    def __init__(self, connection: socket.socket, on_expiry: str) -> None:
+        self.on_expiry = on_expiry
         self._socket = connection
         self._descriptor = OwnDescriptor(connection.fileno())
 

@@ -15,21 +15,38 @@ from threading import get_ident
 from time import monotonic
 from types import CodeType
 
-from hangwatch.errors import HangwatchError, NotConfiguredError
+from hangwatch import page
+from hangwatch.errors import HangwatchError, NotConfiguredError, UnsupportedError
 from hangwatch.page import WATCH_UNTIL
-from hangwatch.worker.arguments import check_client, checked_limit, checked_scope, place
-from hangwatch.worker.blocks import ContractBlock, NoThread
-from hangwatch.worker.client import address_from_environment, client_at
+from hangwatch.worker.acquired import Holder, holder
+from hangwatch.worker.arguments import (
+    NOTHING_ASKED,
+    Asked,
+    check_client,
+    checked_choices,
+    checked_limit,
+    checked_scope,
+    place,
+)
+from hangwatch.worker.blocks import UNWATCHED, ContractBlock, NoThread, SlotTimer, cannot
+from hangwatch.worker.client import OFF, address_from_environment, client_at
+from hangwatch.worker.handle import AsyncExit, Done, not_open, open_timer
 from hangwatch.worker.slots import VOID_SLOT, Scope, Slot
+from hangwatch.worker.soft_ending import leaves
 from hangwatch.worker.tasks import Asyncio as _Asyncio
 from hangwatch.worker.tasks import current_task
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import AsyncIterable, Iterable
+    from typing import Any, TypeVar
 
     from hangwatch.api import TimerClient
-    from hangwatch.worker.blocks import Block, Road
+    from hangwatch.worker.blocks import Block, Road, Timer
+    from hangwatch.worker.iteration import Watched
+
+    Function = TypeVar("Function", bound=Callable[..., Any])
+    Item = TypeVar("Item")
 
 _getframe = sys._getframe
 
@@ -100,8 +117,17 @@ class _ExitLookup(property):
     # ``with`` looks __exit__ up on the instance before it calls __enter__ (PEP 343), and
     # gets one C call that disarms the slot chosen at that moment. contextlib.ExitStack
     # takes it from the class and calls it with the instance.
+    @leaves
     def __call__(self, block: Expiration, *exc_info: object) -> None:
         block._leave(*exc_info)
+
+
+class _AsyncExitLookup(property):
+    # ``async with`` does the same with __aexit__ (PEP 492), AsyncExitStack, too.
+    @leaves
+    def __call__(self, block: Expiration, *exc_info: object) -> Done:
+        block._leave(*exc_info)
+        return Done(None)
 
 
 class _ByHand:
@@ -116,18 +142,21 @@ class _ByHand:
 
 
 class Expiration:
-    """A block's timer: what `expires` returns, to be used as a context manager.
+    """A block's timer: what `expires` returns.
 
-    One object may be entered again and again, also while it is entered.
+    It is a context manager, an asynchronous one, and a decorator. One object may be entered
+    again and again, also while it is entered. While it is, it is the handle of its innermost
+    block in the calling thread, or task; if it has only one, of that, for other threads, too.
     """
 
-    __slots__ = ("_after", "_client", "_code", "_key", "_slot")
+    __slots__ = ("_after", "_asked", "_code", "_key", "_opened", "_slot")
 
     # Set by `expires`; an __init__ would cost as much as all the rest of it.
     _after: float
-    _client: TimerClient
+    _asked: Asked
     _code: CodeType
     _key: Hashable
+    _opened: list[tuple[Holder, Timer]]
     _slot: Any
 
     def __enter__(self) -> Expiration:
@@ -183,11 +212,106 @@ class Expiration:
         self._slot = _USED
         return road.exit
 
+    def __aenter__(self) -> Done:
+        return Done(self.__enter__())
+
+    def _look_up_async_exit(self) -> Callable[..., Done]:
+        return AsyncExit(self._look_up_exit())
+
     if TYPE_CHECKING:
 
         def __exit__(self, *exc_info: object) -> None: ...
+        def __aexit__(self, *exc_info: object) -> Done: ...
     else:
         __exit__ = _ExitLookup(_look_up_exit)
+        __aexit__ = _AsyncExitLookup(_look_up_async_exit)
+
+    def __call__(self, function: Function) -> Function:
+        """Decorate a function: each call is a block.
+
+        Args:
+            function: a function, a coroutine function, a generator or an async generator; the
+                timer of a generator runs only while it is at work on its next item.
+
+        Raises:
+            TypeError: it is none of these: the caller's fault.
+        """
+        from hangwatch.worker.decorated import decorate  # takes long
+
+        return decorate(function, self._again)
+
+    def renew(self, after: float | None = None) -> None:
+        """Give the open block another interval from now on: a heartbeat.
+
+        Args:
+            after: seconds of this interval; by default the block's own `after`.
+
+        Raises:
+            HangwatchError: the block is not open, or this thread is in none of several.
+            UnsupportedError: the block's client can't do that.
+            ValueError, TypeError: `after` is not a positive number.
+        """
+        limit = None if after is None else checked_limit(after)
+        if not self._timer().renew(limit):
+            raise not_open()
+
+    def cancel(self) -> None:
+        """Let the open block go on without a deadline; `renew` gives it one again.
+
+        Raises:
+            HangwatchError: the block is not open, or this thread is in none of several.
+            UnsupportedError: the block's client can't do that.
+        """
+        if not self._timer().cancel():
+            raise not_open()
+
+    def remaining(self) -> float:
+        """Return the seconds that the open block has left.
+
+        Negative once it has overrun, infinite without a deadline; it stands still while the
+        process is paused.
+
+        Raises:
+            HangwatchError: the block is not open, or this thread is in none of several.
+        """
+        left = self._timer().remaining()
+        if left is None:
+            raise not_open()
+        return left
+
+    def _timer(self) -> Timer:
+        try:
+            slot = _local.slots.get(self._key)
+        except TypeError:
+            slot = None
+        if (
+            slot is not None
+            and slot.thread.alone is slot
+            and slot.block is self
+            and slot.words[slot.deadline_at]
+            and not _Asyncio.running_loop()
+        ):
+            return SlotTimer(slot, slot.words[slot.entry_at])
+        opened = getattr(self, "_opened", ())
+        found = open_timer(self, _local.all_slots(), opened)
+        if found is not None:
+            return found
+        road = self._find_road()[1]
+        if road is not None and getattr(road, "address", None) == OFF:
+            return UNWATCHED
+        raise not_open()
+
+    def _again(self) -> Expiration:
+        """Return another object for the same block, which nobody has entered yet."""
+        block = Expiration()
+        block._after = self._after
+        block._slot = _FRESH
+        key = self._key
+        block._key = key.key if isinstance(key, _ByHand) else key
+        for name in ("_asked", "_code"):
+            if hasattr(self, name):
+                setattr(block, name, getattr(self, name))
+        return block
 
     def _begin(self, slot: Slot | Block | _NoChoice) -> Slot:
         """Go on off the quiet path: not alone in the thread, or the choice stands elsewhere."""
@@ -195,7 +319,17 @@ class Expiration:
             slot = self._chosen_here()
             if isinstance(slot, _NoChoice):
                 return self._enter_by_hand()
+        if not isinstance(slot, Slot):
+            self._open(slot)
+        elif slot is VOID_SLOT:
+            self._open(UNWATCHED)
         return slot.nest(self)
+
+    def _open(self, timer: Timer) -> None:
+        """Note a timer that no slot of ours leads to."""
+        opened = getattr(self, "_opened", [])
+        self._opened = [(who, one) for who, one in opened if one.remaining() is not None]
+        self._opened.append((holder(), timer))
 
     def _chosen_here(self) -> Slot | Block | _NoChoice:
         """Find what this thread's look at ``__exit__`` chose, if there was one before."""
@@ -224,16 +358,38 @@ class Expiration:
     def _choose(self, key: Hashable) -> Slot | Block:
         """Check what the caller gave, and choose where the block's timer will stand."""
         limit = checked_limit(self._after)
-        client = getattr(self, "_client", None)
-        name = key if client is None else key[1]  # type: ignore[index]
+        asked = getattr(self, "_asked", NOTHING_ASKED)
+        name = key[-1] if isinstance(key, tuple) else key
         code = getattr(self, "_code", None)
+        chosen = checked_choices(asked.on_expiry, asked.grace, asked.signal)
+        flags = chosen[0] | (page.PAUSES if asked.pauses else 0)
         if code is None:
-            scope = Scope(checked_scope(name), False, client)
+            scope = Scope(checked_scope(name), False, asked.client, flags, *chosen[1:])
         else:
-            scope = Scope(place(code, name), True, (code, client))
+            scope = Scope(place(code, name), True, (code, asked.client), flags, *chosen[1:])
+        client, road = self._find_road()
+        if road is None:
+            if asked.is_more_than_a_client:
+                raise cannot(client, "pause, nor take on_expiry, grace or signal")
+            return ContractBlock(client, scope.name, limit)
+        if asked.on_expiry == "raise" and threading.current_thread() is not threading.main_thread():
+            raise UnsupportedError(
+                "on_expiry='raise' can only end a block of the main thread, where Python runs "
+                "signal handlers: leave it out in other threads"
+            )
+        claimed = road.choose(key, self._after, limit, scope)
+        if isinstance(claimed, Slot) and claimed is not VOID_SLOT:
+            if len(_local.slots) >= _MOST_CACHED:
+                _local.slots.clear()
+            _local.slots[key] = claimed
+        return claimed
+
+    def _find_road(self) -> tuple[Any, Road | None]:
+        """Return the block's client, and where its blocks are armed; None: as it says."""
+        client = getattr(self, "_asked", NOTHING_ASKED).client
         if client is not None:
             check_client(client)
-        elif _Configured.client is not None:
+        else:
             client = _Configured.client
         if client is None:
             if not _Configured.by_environment:
@@ -241,20 +397,10 @@ class Expiration:
                     "configure(None) left no client: call configure(client), "
                     "or give expires(..., client=...)"
                 )
-            road: Road | None = client_at(address_from_environment())
-        else:
-            # Not of the instance: a mock has every attribute that it is asked for.
-            find_road = getattr(type(client), "_road", None)
-            road = None if find_road is None else find_road(client)
-        if road is None:
-            assert client is not None
-            return ContractBlock(client, scope.name, limit)
-        chosen = road.choose(key, self._after, limit, scope)
-        if isinstance(chosen, Slot) and chosen is not VOID_SLOT:
-            if len(_local.slots) >= _MOST_CACHED:
-                _local.slots.clear()
-            _local.slots[key] = chosen
-        return chosen
+            return None, client_at(address_from_environment())
+        # Not of the instance: a mock has every attribute that it is asked for.
+        find_road = getattr(type(client), "_road", None)
+        return client, None if find_road is None else find_road(client)
 
     def _enter_by_hand(self) -> Slot:
         by_hand = self._key
@@ -265,12 +411,19 @@ class Expiration:
         by_hand.exits.append(left)
         self._key = by_hand
         try:
+            if isinstance(chosen, Slot):
+                # It does not know us: it would keep us alive, and with us its own exit.
+                chosen.block = None
+                self._open(SlotTimer(chosen, chosen.entry))
+            else:
+                self._open(chosen)
             chosen.nest(self).arm()
         except BaseException:
             by_hand.exits.remove(left)
             raise
         return VOID_SLOT
 
+    @leaves
     def _leave(self, *exc_info: object) -> None:
         unheld = self._unheld_slot()
         if unheld is not None:
@@ -292,30 +445,44 @@ class Expiration:
 
 
 def expires(
-    after: float, scope: str | None = None, client: TimerClient | None = None
+    after: float,
+    scope: str | None = None,
+    client: TimerClient | None = None,
+    on_expiry: str | None = None,
+    grace: float | None = None,
+    signal: int | None = None,
 ) -> Expiration:
-    """Declare, in a ``with`` statement, that its block takes at most `after` seconds.
+    """Declare that a block, a function or a generator's step takes at most `after` seconds.
 
     A worker whose block overruns is ended by the watcher, another process, even if the
     block hangs in C with the GIL held. Blocks are independent of each other: nested,
-    recursive, and in many threads.
+    recursive, in many threads, and in many asyncio tasks.
 
     Args:
         after: seconds from entering the block, more than 0.
         scope: the block's name in reports; ``<file>#<line>`` of the caller by default.
         client: who acquires the timer, if not the one that `configure` set or the
             environment's ``HANGWATCH_ADDRESS`` names.
+        on_expiry: what an overrun leads to, if not what the watcher says: ``"report"``, a
+            report alone; ``"raise"``, `TimerExpired` within the block, and the worker's end if
+            it does not leave the block in time; ``"reap"``, the worker's end.
+        grace: seconds from the first step against the worker to SIGKILL, 0 or more.
+        signal: number of the signal that is sent first.
 
     Returns:
-        The context manager. What is wrong with the arguments it says on entering:
+        The context manager, and decorator. What is wrong with the arguments it says on entering:
 
     Raises:
-        ValueError: `after` is not positive and finite, or `scope` is empty.
+        ValueError: `after` is not positive and finite, `scope` is empty, or one of the rest
+            is none of what it may be.
         TypeError: `after` is no number, `scope` no string, `client` no client.
         NotConfiguredError: nobody said who watches.
+        UnsupportedError: ``"raise"`` outside of the main thread, or in an asyncio task; a
+            client that knows no more than to acquire and release.
     """
     # A function, not the class itself: CPython makes a dict of the keyword arguments of a
-    # class that is called (docs/decisions/0005-expires-is-a-function.md).
+    # class that is called (docs/decisions/0005-expires-is-a-function.md). None of these is
+    # keyword-only: filling such a default in costs a look-up each.
     block = Expiration()
     block._after = after
     block._slot = _FRESH
@@ -326,10 +493,76 @@ def expires(
         block._key = id(code) + frame.f_lasti
     else:
         block._key = scope
-    if client is not None:
-        block._client = client
-        block._key = id(client), block._key
+    if client is not None or on_expiry is not None or grace is not None or signal is not None:
+        block._asked = asked = Asked(client, on_expiry, grace, signal)
+        block._key = *asked.key, block._key
     return block
+
+
+def paused(reason: str, after: float, client: TimerClient | None = None) -> Expiration:
+    """Declare a block that suspends this process's other timers, and their clocks.
+
+    When it ends, every open block goes on with the time that was left to it. Pauses may be
+    nested, and overlap in several threads: the timers go on when the last one ends.
+
+    Args:
+        reason: the pause's name in reports.
+        after: seconds that the pause may take: nothing is switched off for ever. A pause that
+            overruns is judged as any block.
+        client: whose timers, if not those of the one that `configure` set or the environment's
+            ``HANGWATCH_ADDRESS`` names.
+
+    Returns:
+        The context manager, and decorator. What is wrong with the arguments it says on entering:
+
+    Raises:
+        ValueError, TypeError, NotConfiguredError: as `expires`.
+        UnsupportedError: the client knows no more than to acquire and release.
+    """
+    block = expires(after, reason)
+    block._asked = asked = Asked(client, pauses=True)
+    block._key = *asked.key, reason
+    return block
+
+
+def watch(
+    iterable: Iterable[Item] | AsyncIterable[Item],
+    after: float,
+    scope: str | None = None,
+    client: TimerClient | None = None,
+    on_expiry: str | None = None,
+    grace: float | None = None,
+    signal: int | None = None,
+) -> Watched[Item]:
+    """Iterate over what may hang while it gets the next item, a data loader for example.
+
+    The timer runs while the iterator is at work on its next item, never in the loop's body.
+
+    Args:
+        iterable: what to iterate over, with ``for`` or ``async for``.
+        after: seconds that each next item may take.
+        scope: the name in reports; ``<file>#<line>`` of the caller by default.
+        client: see `expires`, as for the rest.
+        on_expiry: what an overrun leads to.
+        grace: seconds from the first step against the worker to SIGKILL.
+        signal: number of the signal that is sent first.
+
+    Returns:
+        An iterable, as long as `iterable`.
+
+    Raises:
+        TypeError: `iterable` is none.
+    """
+    from hangwatch.worker.iteration import Watched
+
+    block = expires(after, scope, client, on_expiry, grace, signal)
+    if scope is None:
+        frame = _getframe(1)
+        block._code = frame.f_code
+        where = id(frame.f_code) + frame.f_lasti
+        key = block._key
+        block._key = (*key[:-1], where) if isinstance(key, tuple) else where
+    return Watched(iterable, block._again)
 
 
 # A thread's look-up table is only a cache; scopes that never come again must not fill it.

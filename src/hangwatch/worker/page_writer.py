@@ -21,10 +21,11 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Container, Hashable
 
 from hangwatch import linux, page
 from hangwatch.worker.own_descriptor import OwnDescriptor
+from hangwatch.worker.pauses import Pauses
 from hangwatch.worker.slots import TAKEN, VOID_SLOT, Scope, Slot, ThreadSlots
 
 _GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
@@ -69,6 +70,7 @@ class PageWriter:
     Attributes:
         descriptor: the page's memfd, owned by this object.
         memory: the page's bytes.
+        pauses: what suspends its timers.
 
     Raises:
         OSError: no memory or no descriptor is left for a page.
@@ -88,6 +90,7 @@ class PageWriter:
         self._next_index = itertools.count()
         self._slots: dict[int, Slot] = {}
         self._per_thread = _PerThread()
+        self.pauses = Pauses(self.memory)
 
     def choose(self, key: Hashable, after: object, limit: float, scope: Scope) -> Slot:
         """Claim a slot of the calling thread that is not armed.
@@ -104,7 +107,7 @@ class PageWriter:
         """
         thread = self._per_thread.thread
         if thread is None:
-            thread = ThreadSlots()
+            thread = ThreadSlots(self.pauses)
             self._per_thread.thread = thread
             self._per_thread.end = _ThreadEnd(self, thread)
         slot = thread.slots.get(key)
@@ -121,6 +124,32 @@ class PageWriter:
                     self._on_full()
                     return VOID_SLOT
             thread.keep(slot)
+
+    def all_slots(self) -> list[Slot]:
+        """Return the slots of all threads."""
+        return [slot for slot in list(self._slots.values()) if slot.after is not TAKEN]
+
+    def overdue_in_this_thread(self, now: float, on_expiry: Container[str | None]) -> list[Slot]:
+        """Return this thread's overdue blocks that are in no asyncio task.
+
+        Nothing is changed: this may run in a signal handler, in the middle of anything.
+
+        Args:
+            now: CLOCK_MONOTONIC in seconds.
+            on_expiry: only blocks that chose one of these, and got no exception yet.
+        """
+        thread = self._per_thread.thread
+        if thread is None or self.pauses.are_open():
+            return []
+        return [
+            slot
+            for slot in thread.all_slots()
+            if slot.task == 0
+            and slot.scope.on_expiry in on_expiry
+            and 0.0 < (deadline := slot.words[slot.deadline_at]) <= now
+            and slot.raised != ((entry := slot.words[slot.entry_at]), deadline)
+            and slot.is_watched(entry)
+        ]
 
     def make_private(self) -> None:
         """In a forked child: put private memory under every handle to the parent's page.
@@ -159,7 +188,9 @@ class PageWriter:
                 native_id=thread.native_id,
                 thread_name=thread.name,
                 scope=scope.name,
+                flags=scope.flags,
                 signal=scope.signal,
+                grace=scope.grace,
             )
             page.write_details(self.memory, index, details, keep_end=scope.is_place)
             self._slots[index] = slot

@@ -11,7 +11,12 @@ from math import inf
 from time import monotonic
 
 from hangwatch import page
+from hangwatch.errors import UnsupportedError
 from hangwatch.worker.tasks import current_task
+
+TYPE_CHECKING = False  # typing itself takes long to import
+if TYPE_CHECKING:
+    from hangwatch.worker.pauses import Pauses
 
 # How many scopes a thread that is in none of them keeps slots for; the next one
 # takes the slot that waited longest.
@@ -22,26 +27,45 @@ TAKEN = object()
 
 
 class Scope:
-    """A block's name.
+    """A block's name, and what its caller chose about an overrun.
 
     Args:
         name: as reports show it.
         is_place: whether it is a file and line, whose end tells more than its beginning.
         keeps: what its key speaks of by identity, to be kept alive.
+        flags: what an overrun leads to, and whether other timers are suspended; see `page`.
         signal: what an overrun sends first, `page.NEVER_KILL`, or 0 for the watcher's choice.
-        independent: see `Slot`.
+        grace: seconds from that to SIGKILL, `page.NO_GRACE`, or 0.0 for the watcher's choice.
     """
 
-    __slots__ = ("independent", "is_place", "keeps", "name", "signal")
+    __slots__ = ("flags", "grace", "independent", "is_place", "keeps", "name", "signal")
 
     def __init__(
-        self, name: str, is_place: bool = False, keeps: object = None, signal: int = 0
+        self,
+        name: str,
+        is_place: bool = False,
+        keeps: object = None,
+        flags: int = 0,
+        signal: int = 0,
+        grace: float = 0.0,
     ) -> None:
         self.name = name
         self.is_place = is_place
         self.keeps = keeps
+        self.flags = flags
         self.signal = signal
+        self.grace = grace
         self.independent = True
+
+    @property
+    def on_expiry(self) -> str | None:
+        """What an overrun leads to; None: what the watcher says."""
+        return page.ON_EXPIRY[self.flags & page.ON_EXPIRY_BITS]
+
+    @property
+    def pauses(self) -> bool:
+        """Whether the block suspends the process's other timers."""
+        return bool(self.flags & page.PAUSES)
 
 
 class Slot:
@@ -61,6 +85,8 @@ class Slot:
         independent: whether other blocks of this scope, open in the same thread, are nothing to
             it; else one must be looked for, unless it is alone.
         enclosing: the slot of the open block around this one, of entry `enclosing_entry`.
+        task: the asyncio task that entered it last, 0 outside of a loop.
+        raised: entry and deadline for which `TimerExpired` was raised last.
     """
 
     __slots__ = (
@@ -77,8 +103,10 @@ class Slot:
         "key",
         "limit",
         "memory",
+        "raised",
         "ring",
         "scope",
+        "task",
         "thread",
         "words",
     )
@@ -113,6 +141,8 @@ class Slot:
         self.entry = page.next_generation(self.words[self.entry_at])
         self.enclosing: Slot | None = None
         self.enclosing_entry = 0.0
+        self.task = 0
+        self.raised = (0.0, 0.0)
 
     def is_open(self, entry: float) -> bool:
         """Tell whether the block that armed this slot as `entry` has not ended."""
@@ -154,12 +184,56 @@ class Slot:
             words[self.deadline_at] = 0.0
             raise
 
-    def restart(self) -> None:
-        """Give the open block its whole limit from now."""
+    def interval(self, entry: float) -> float:
+        """Return the limit of that block's present interval in seconds."""
+        words, at = self.words, self.deadline_at
+        renewed = words[at + page.RENEWED_ENTRY] == entry
+        limit: float = words[at + page.RENEWED_LIMIT] if renewed else self.limit
+        return limit
+
+    def entered(self, entry: float) -> float:
+        """Return when that block was entered (CLOCK_MONOTONIC)."""
+        words, at = self.words, self.deadline_at
+        renewed = words[at + page.RENEWED_ENTRY] == entry
+        when: float = words[at + page.ENTERED] if renewed else words[at] - self.limit
+        return when
+
+    def renew(self, entry: float, limit: float | None = None) -> bool:
+        """Give the block that armed this slot as `entry` another interval from now.
+
+        Args:
+            entry: which block.
+            limit: the interval in seconds; by default the block's limit.
+
+        Returns:
+            False if that block has ended.
+        """
         now = monotonic()
-        self.words[self.deadline_at] = deadline = now + self.limit
+        deadline = now + (self.limit if limit is None else limit)
+        if not self._move(entry, deadline, deadline - now):
+            return False
         if not now < self.words[page.WATCH_UNTIL] <= deadline:
             self.ring()
+        return True
+
+    def suspend(self, entry: float) -> bool:
+        """Let that block go on without a deadline; return False if it has ended.
+
+        It is not disarmed: a block in a block that has ended counts as ended, too.
+        """
+        return self._move(entry, page.NEVER, self.limit)
+
+    def _move(self, entry: float, deadline: float, limit: float) -> bool:
+        words, at = self.words, self.deadline_at
+        # No calls: by another thread's hand, the block may end, or be renewed, meanwhile.
+        if words[at] == 0.0 or words[at + page.ENTRY] != entry:
+            return False
+        if words[at + page.RENEWED_ENTRY] != entry:  # as `entered` has it
+            words[at + page.ENTERED] = words[at] - self.limit
+            words[at + page.RENEWED_ENTRY] = entry
+        words[at + page.RENEWED_LIMIT] = limit
+        words[at] = deadline
+        return True
 
     def is_alone_in_scope(self) -> bool:
         """Tell whether no block of this scope is open in this thread, or task."""
@@ -169,7 +243,12 @@ class Slot:
     def nest(self, block: object) -> Slot:
         """Note which open block of this thread, or asyncio task, is around this one."""
         thread = self.thread
-        task = current_task()
+        self.task = task = current_task()
+        if task and self.scope.on_expiry == "raise":
+            raise UnsupportedError(
+                "on_expiry='raise' would interrupt whichever asyncio task runs at that moment: "
+                "use asyncio.timeout within the task, and expires without 'raise' around it"
+            )
         stack = thread.stack_of(task)
         for depth, (slot, entry) in enumerate(stack):
             if not slot.is_open(entry):
@@ -189,6 +268,9 @@ class Slot:
 class ThreadSlots:
     """The slots that one thread has in one page.
 
+    Args:
+        pauses: what suspends the page's timers; None: nothing does.
+
     Attributes:
         slots: the slot that serves a key next. Those serving the same key in blocks
             further out are in `others`.
@@ -198,7 +280,8 @@ class ThreadSlots:
             last. Arming it again needs no look at other blocks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pauses: Pauses | None = None) -> None:
+        self.pauses = pauses
         self.ident = threading.get_ident()
         self.native_id = threading.get_native_id()
         self.name = threading.current_thread().name

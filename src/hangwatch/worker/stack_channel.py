@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-import signal
 
+from hangwatch.worker.free_signals import free_signals
 from hangwatch.worker.own_descriptor import OwnDescriptor
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
     from hangwatch.wire import StackChannel
-
-# The top real-time signals, from the second highest down: the lowest belong to the C
-# library, the highest is the one that programs pick first.
-_CANDIDATES = range(signal.SIGRTMAX - 1, signal.SIGRTMIN + 2, -1)
 
 
 class _Channel:
@@ -35,11 +31,10 @@ def open_channel() -> StackChannel | None:
     from hangwatch import wire
 
     if _Channel.descriptor is None:
-        taken = _caught_or_ignored()
-        free = [number for number in _CANDIDATES if number not in taken][:2]
+        free = free_signals()
         if len(free) < 2:
             return None
-        own, all_threads = free
+        own, all_threads = free[:2]
         try:
             descriptor = os.memfd_create("hangwatch-stacks", os.MFD_CLOEXEC)
         except OSError:
@@ -62,17 +57,3 @@ def forget_channel() -> None:
         for number in _Channel.signals:
             faulthandler.unregister(number)
         descriptor.close()
-
-
-def _caught_or_ignored() -> set[int]:
-    # The kernel also knows the handlers that C libraries installed; proc(5), SigCgt, SigIgn.
-    taken = set()
-    try:
-        with open("/proc/self/status") as status:
-            for line in status:
-                if line.startswith(("SigCgt:", "SigIgn:")):
-                    mask = int(line.split()[1], 16)
-                    taken |= {number for number in _CANDIDATES if mask >> (number - 1) & 1}
-    except OSError:
-        taken = {number for number in _CANDIDATES if signal.getsignal(number) != signal.SIG_DFL}
-    return taken

@@ -9,7 +9,7 @@ from time import monotonic
 
 from hangwatch.process import wait_readable
 
-_log = logging.getLogger("hangwatch.watch")
+_log = logging.getLogger("hangwatch.watcher")
 
 _FD_SETSIZE = 1024
 READABLE, WRITABLE = select.EPOLLIN, select.EPOLLOUT

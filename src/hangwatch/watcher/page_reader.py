@@ -7,12 +7,16 @@ import mmap
 import os
 import signal
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite
 
 from hangwatch import page
 from hangwatch.errors import PageError
+from hangwatch.watcher.settings import OnExpiry, Wishes
 
 _LAST_SIGNAL = int(signal.SIGRTMAX)
+# A worker that asks for more is never ended by a watcher that is older than that.
+LONGEST_GRACE = 86400.0
+_MOST_WITHIN = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,41 @@ class Armed:
     index: int
     entry: float
     deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class Standstill:
+    """A worker outside of every block, since some time, for too long after `deadline`.
+
+    Attributes:
+        since: since when it has entered none (CLOCK_MONOTONIC).
+        deadline: until when it might.
+        entries: the entry counters, which have not moved since.
+    """
+
+    since: float
+    deadline: float
+    entries: tuple[float, ...]
+
+
+Overdue = Armed | Standstill
+"""What a verdict is about."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """How long a block may take, and has taken; seconds, suspended ones not counted.
+
+    Attributes:
+        limit: of its present interval.
+        inside: since it was entered.
+        since_renewal: since its present interval began; None: it was never renewed, or has
+            no deadline.
+    """
+
+    limit: float
+    inside: float
+    since_renewal: float | None
 
 
 class PageReader:
@@ -101,19 +140,87 @@ class PageReader:
             watched.update(dict.fromkeys(path, well))
         return [slot for index, slot in found.items() if watched[index]]
 
-    def is_still(self, slot: Armed) -> bool:
-        """Tell whether the block that `slot` saw has not ended, nor any block around it."""
-        return self._is_open(slot.index, slot.entry, slot.deadline) and self._enclosed_well(slot)
+    def pauses(self, slot: Armed) -> bool:
+        """Tell whether a block suspends the others of its page."""
+        return page.pauses(self._memory, slot.index)
+
+    def change_of(self, found: Overdue) -> str | None:
+        """Say what makes a verdict void; None if it still holds.
+
+        That is: the block is open under the deadline that was seen, and so is every block
+        around it; or there was no block, and still is none.
+        """
+        if isinstance(found, Standstill):
+            if tuple(self.entries()) != found.entries or self.armed():
+                return "it has entered a block"
+            return None
+        if not self._is_open(found.index, found.entry) or not self._enclosed_well(found):
+            return "the block has ended"
+        if not self._is_open(found.index, found.entry, found.deadline):
+            return "the block has got more time"
+        if not self.pauses(found) and self.is_paused():
+            return "the process has paused its timers"
+        return None
+
+    def is_open(self, found: Overdue) -> bool:
+        """Tell whether what was judged may come up again: the block, or the standstill, lasts."""
+        if isinstance(found, Standstill):
+            return self.is_still(found)
+        return self._is_open(found.index, found.entry, found.deadline)
+
+    def is_still(self, found: Overdue) -> bool:
+        """Tell whether a verdict still holds, see `change_of`."""
+        return self.change_of(found) is None
+
+    def is_paused(self) -> bool:
+        """Tell whether a block suspends the others."""
+        for index in range(self._in_use()):
+            at = page.deadline_word(index)
+            if self._words[at] > 0.0 and page.pauses(self._memory, index):
+                slot = Armed(index, self._words[at + page.ENTRY], self._words[at])
+                if self._enclosed_well(slot):
+                    return True
+        return False
 
     def details(self, slot: Armed) -> page.SlotDetails | None:
         """Return what an armed slot says of its block; None if the block has ended."""
         details = page.read_details(self._memory, slot.index)
         return details if self._is_open(slot.index, slot.entry, slot.deadline) else None
 
-    def signal(self, slot: Armed) -> int:
-        """Return the signal that a block asks for; 0 for what is none."""
-        number = page.read_details(self._memory, slot.index).signal
-        return number if number == page.NEVER_KILL or 0 < number <= _LAST_SIGNAL else 0
+    def wishes(self, slot: Armed) -> Wishes:
+        """Return what a block asks for; what is none of what may be asked for is passed over."""
+        details = page.read_details(self._memory, slot.index)
+        known = details.signal == page.NEVER_KILL or 0 < details.signal <= _LAST_SIGNAL
+        grace = details.grace if details.grace > 0 else 0.0
+        return Wishes(
+            None if details.on_expiry is None else OnExpiry(details.on_expiry),
+            details.signal if known else 0,
+            None if details.grace == 0.0 else min(grace, LONGEST_GRACE),
+        )
+
+    def spent(self, slot: Armed, at: float) -> Spent:
+        """Return how long a block has taken by `at` (CLOCK_MONOTONIC)."""
+        start = page.deadline_word(slot.index)
+        limit = self.limit(slot.index)
+        since = slot.deadline - limit
+        entered, renewed = since, self._words[start + page.RENEWED_ENTRY] == slot.entry
+        if renewed:
+            limit, entered = (self._words[start + w] for w in (page.RENEWED_LIMIT, page.ENTERED))
+            since = slot.deadline - limit
+        times = limit, at - entered, at - since
+        # Whatever the worker wrote there: reports show numbers.
+        limit, inside, interval = (t if isfinite(t) else 0.0 for t in times)
+        return Spent(limit, inside, interval if renewed and slot.deadline < page.NEVER else None)
+
+    def raise_signal(self) -> int:
+        """Return the signal that makes the main thread raise; 0: none."""
+        number = self._words[page.RAISE_SIGNAL]
+        return int(number) if 0 < number <= _LAST_SIGNAL else 0
+
+    def was_raised(self, slot: Armed) -> bool:
+        """Tell whether `TimerExpired` was raised in a block."""
+        at = page.deadline_word(slot.index)
+        return bool(self._words[at + page.RAISED_ENTRY] == slot.entry)
 
     def chain(self, slot: Armed) -> list[page.SlotDetails]:
         """Return the details of a block and of the open blocks around it, innermost first."""
@@ -125,6 +232,21 @@ class PageReader:
             found.append(page.read_details(self._memory, index))
             index, _ = page.read_enclosing(self._memory, index)
         return found
+
+    def within(self, slot: Armed) -> list[page.SlotDetails]:
+        """Return the details of the open blocks inside of a block, innermost first."""
+        depths = []
+        for inner in self.armed():
+            depth, seen = 0, {inner.index}
+            at, _ = page.read_enclosing(self._memory, inner.index)
+            while at is not None and at not in seen and at != slot.index:
+                seen.add(at)
+                depth += 1
+                at, _ = page.read_enclosing(self._memory, at)
+            if at == slot.index != inner.index:
+                depths.append((depth, inner.index))
+        found = sorted(depths, reverse=True)[:_MOST_WITHIN]
+        return [page.read_details(self._memory, index) for _, index in found]
 
     def thread_names(self) -> dict[int, str]:
         """Return the names of the threads that have slots, by `threading.get_ident()`."""

@@ -12,7 +12,7 @@ from typing import Protocol
 from hangwatch.evidence.model import Action, Case, Evidence, Outcome, Report
 from hangwatch.evidence.publish import publish
 from hangwatch.process import Identity
-from hangwatch.watch.helper import Helper
+from hangwatch.watcher.helper import Helper
 
 # What is told before a signal is sent, and how long a death of it is waited for should
 # the watcher die meanwhile. A worker that survives is its successor's to report.

@@ -18,29 +18,30 @@ from math import inf
 from time import monotonic
 from typing import Protocol
 
-from hangwatch import page
 from hangwatch.evidence.gather import gather
 from hangwatch.evidence.model import Action, Case, Evidence, OtherWorker, Outcome, Report
 from hangwatch.evidence.report import headline
 from hangwatch.evidence.stacks import Asked
 from hangwatch.process import Identity
-from hangwatch.watch.descendants import descendants_of
-from hangwatch.watch.error_file import ErrorFile
-from hangwatch.watch.helper import Helper
-from hangwatch.watch.page_reader import Armed
-from hangwatch.watch.reporter import Reporter
-from hangwatch.watch.settings import OnExpiry, Settings
-from hangwatch.watch.watched import Watched
+from hangwatch.watcher.descendants import descendants_of
+from hangwatch.watcher.error_file import ErrorFile
+from hangwatch.watcher.helper import Helper
+from hangwatch.watcher.page_reader import Armed, Overdue
+from hangwatch.watcher.raising import ASKED, ask_to_raise, why_not_raised
+from hangwatch.watcher.reporter import Reporter
+from hangwatch.watcher.settings import Ladder, OnExpiry, Settings, Wishes
+from hangwatch.watcher.watched import Watched
 
 EVIDENCE_WITHIN = 2.0
 MOST_GATHERING = MOST_PUBLISHING = 4
 _PUBLISH_WITHIN = 10.0
+_ASK_WITHIN = 1.0
 _DEAD_WITHIN = 5.0
-SIGNAL_GRACE = 5.0
-"""Seconds between a signal that a block asked for and SIGKILL, if no grace was set."""
 _LONGEST_BACK_OFF = 60.0
+# A worker under a debugger is looked at again so often, in seconds.
+_DEBUGGED_LOOK_AGAIN = 2.0
 
-_log = logging.getLogger("hangwatch.watch")
+_log = logging.getLogger("hangwatch.watcher")
 
 Course = Generator[float, None, None]
 
@@ -50,8 +51,8 @@ class Surroundings(Protocol):
 
     settings: Settings
 
-    def look(self, worker: Watched, slot: Armed) -> bool:
-        """Tell whether the block has still not ended."""
+    def look(self, worker: Watched, found: Overdue) -> str | None:
+        """Say what makes a verdict void by now; None: it still holds."""
 
     def start_helper(
         self, work: Callable[[], bytes], keep: list[int], outlives: bool = False
@@ -70,7 +71,7 @@ class Surroundings(Protocol):
     def spared(self, worker: Watched) -> set[int]:
         """Return the processes that no kill of this worker may reach."""
 
-    def tell(self, event: str, verdict: Verdict) -> None:
+    def tell(self, event: str, verdict: Verdict, headline: str) -> None:
         """Tell the program that launched the watcher."""
 
     def others(self, worker: Watched) -> list[OtherWorker]:
@@ -82,15 +83,19 @@ class Verdict:
     """A block that overran: whose, which, when it was found (CLOCK_MONOTONIC), what is known.
 
     Attributes:
-        signal: what the block asked to be sent first, `page.NEVER_KILL`, or 0.
+        ladder: what is to be done.
+        wishes: what the block asked for.
+        told: whether it was reported before, as one under a debugger.
     """
 
     worker: Watched
-    slot: Armed
+    found: Overdue
     at: float
     case: Case
     names: dict[int, str]
-    signal: int = 0
+    ladder: Ladder
+    wishes: Wishes
+    told: bool = False
 
 
 class Incident:
@@ -123,6 +128,7 @@ class Incident:
         self._problems: list[str] = []
         self._actions: list[Action] = []
         self._signalled = False
+        self._debugger: str | None = None
         self._tree: dict[int, Identity] = {}
         self._course = self._run()
 
@@ -143,8 +149,17 @@ class Incident:
             yield from self._wait_to_settle()
             if self._overdue():
                 yield from self._gather()
-            outcome = yield from self._act()
-            self._around.tell(outcome.value, self.verdict)
+            if self._is_spared_as_debugged():
+                self.verdict.worker.judge_again(
+                    self.verdict.found, monotonic() + _DEBUGGED_LOOK_AGAIN
+                )
+                if self.verdict.told:
+                    return
+                self._note("debugger", f"{self._debugger}; left alone while that lasts")
+                outcome = Outcome.REPORTED
+            else:
+                outcome = yield from self._act()
+            self._around.tell(outcome.value, self.verdict, headline(self._report(outcome)))
             yield from self._tell(outcome)
             if outcome is Outcome.UNKILLABLE:
                 yield from self._insist()
@@ -165,8 +180,10 @@ class Incident:
             yield min(until, monotonic() + 0.02)
 
     def _overdue(self) -> bool:
-        worker, slot = self.verdict.worker, self.verdict.slot
-        return not worker.left and not worker.identity.is_dead() and self._around.look(worker, slot)
+        worker, found = self.verdict.worker, self.verdict.found
+        if worker.left or worker.identity.is_dead():
+            return False
+        return self._around.look(worker, found) is None
 
     def _gather(self) -> Course:
         until = monotonic() + EVIDENCE_WITHIN
@@ -180,16 +197,18 @@ class Incident:
             ident=verdict.case.scope.thread.id,
             native_id=verdict.case.scope.thread.native_id,
             names=verdict.names,
-            is_overdue=lambda: worker.reader.is_still(verdict.slot),
+            is_overdue=lambda: worker.reader.is_still(verdict.found),
             # Another signal may be one that the worker handles, and lives on.
-            doomed=self._reaps() and verdict.signal in (0, signal.SIGTERM, signal.SIGKILL),
+            doomed=verdict.ladder.on_expiry is OnExpiry.REAP
+            and verdict.ladder.first in (signal.SIGTERM, signal.SIGKILL),
+            unasked=None if self._around.settings.stacks else "the watcher was told not to ask",
         )
         if monotonic() >= until:
             self._problems.append("evidence: too many incidents at once")
             return
         try:
             helper = self._around.start_helper(
-                lambda: pickle.dumps(gather(asked, self._around.others(worker))),
+                lambda: _packed(gather(asked, self._around.others(worker))),
                 [worker.identity.pidfd],
             )
         except OSError as error:
@@ -204,19 +223,27 @@ class Incident:
             helper.kill()
         elif helper.result is None:
             self._problems.append("evidence: gathering it failed")
-        self._evidence = helper.result
+        else:
+            self._debugger, self._evidence = _unpacked(helper.result)
+
+    def _is_spared_as_debugged(self) -> bool:
+        harmless = self.verdict.ladder.on_expiry is OnExpiry.REPORT
+        return not (self._debugger is None or self._around.settings.kill_debugged or harmless)
 
     def _act(self) -> Generator[float, None, Outcome]:
-        if not self._reaps():
+        ladder = self.verdict.ladder
+        if ladder.on_expiry is OnExpiry.REPORT:
             return self._nothing_to_do() or Outcome.REPORTED
         # Before anything is done, so that a report survives us.
         self._start_reporter()
-        grace = self._around.settings.grace
-        first = self.verdict.signal or (signal.SIGTERM if grace > 0 else signal.SIGKILL)
+        if ladder.on_expiry is OnExpiry.RAISE:
+            outcome = yield from self._raise()
+            if outcome is not None:
+                return outcome
         error_file = yield from self._leave_error_file()
         outcome = None
-        if first != signal.SIGKILL:
-            outcome = yield from self._step(first, grace or SIGNAL_GRACE)
+        if ladder.first != signal.SIGKILL:
+            outcome = yield from self._step(ladder.first, ladder.grace)
         if outcome is None:
             outcome = yield from self._step(signal.SIGKILL, _DEAD_WITHIN)
         if outcome is Outcome.REAPED:
@@ -227,13 +254,42 @@ class Incident:
                 self._note("error file", result)
         return outcome or Outcome.UNKILLABLE
 
-    def _reaps(self) -> bool:
-        settings, verdict = self._around.settings, self.verdict
-        return (
-            settings.on_expiry is OnExpiry.REAP
-            and verdict.signal != page.NEVER_KILL
-            and verdict.worker.identity.pid != settings.spared_pid
-        )
+    def _raise(self) -> Generator[float, None, Outcome | None]:
+        """Have the worker raise `TimerExpired`; None if that has not ended the block."""
+        verdict, worker = self.verdict, self.verdict.worker
+        outcome = self._nothing_to_do()
+        if outcome is not None:
+            return outcome
+        number = worker.reader.raise_signal()
+        problem = why_not_raised(number, verdict.found, verdict.case.scope.thread, worker.identity)
+        if problem is not None:
+            self._note("raise", problem)
+            return None
+        try:
+            helper = self._around.start_helper(
+                lambda: ask_to_raise(
+                    worker.identity, number, lambda: worker.reader.is_still(verdict.found)
+                ).encode(),
+                [worker.identity.pidfd],
+            )
+        except OSError as error:
+            self._note("raise", f"failed: no process can be started ({error.strerror})")
+            return None
+        until = monotonic() + _ASK_WITHIN
+        while not helper.done and monotonic() < until:
+            yield until
+        helper.kill()
+        result = "failed: no answer" if helper.result is None else helper.result.decode()
+        self._note("raise", result)
+        until = monotonic() + (verdict.ladder.grace if result == ASKED else 0.0)
+        while self._overdue() and monotonic() < until:
+            yield min(until, monotonic() + 0.02)
+        # Of a process that has died since its page is still there.
+        if isinstance(verdict.found, Armed) and worker.reader.was_raised(verdict.found):
+            if not self._overdue():
+                self._note("look", "the block has ended")
+                return Outcome.RAISED
+        return self._nothing_to_do()
 
     def _leave_error_file(self) -> Generator[float, None, ErrorFile | None]:
         """Tell the worker's launcher why it dies, before it does."""
@@ -264,8 +320,9 @@ class Incident:
         if ours is False or worker.left:
             self._note("look", "it is another program now, or has let go of its page")
             return Outcome.GONE
-        if not self._around.look(worker, self.verdict.slot):
-            self._note("look", "the block has ended")
+        change = self._around.look(worker, self.verdict.found)
+        if change is not None:
+            self._note("look", change)
             return Outcome.RECOVERED
         if ours is None:
             self._note("look", "the kernel won't say whether it is still the same program")
@@ -335,8 +392,7 @@ class Incident:
             self._start_reporter()
         reporter = self._reporter
         if reporter is None:
-            report = Report(outcome, self.verdict.case, Evidence(), self._actions)
-            _log.warning("%s", headline(report))
+            _log.warning("%s", headline(self._report(outcome)))
             self.told = True
             return
         self.publishing = True
@@ -350,6 +406,9 @@ class Incident:
         reporter.helper.kill()
         self.told = True
 
+    def _report(self, outcome: Outcome) -> Report:
+        return Report(outcome, self.verdict.case, Evidence(), self._actions)
+
     def _insist(self) -> Course:
         back_off = _DEAD_WITHIN
         identity = self.verdict.worker.identity
@@ -358,6 +417,16 @@ class Incident:
             identity.send(signal.SIGKILL)
             back_off = min(back_off * 2, _LONGEST_BACK_OFF)
         yield from self._end_tree()
+
+
+def _packed(evidence: Evidence) -> bytes:
+    # What the loop wants to know of it, and the rest as bytes that it only passes on.
+    return pickle.dumps((evidence.debugger, pickle.dumps(evidence)))
+
+
+def _unpacked(result: bytes) -> tuple[str | None, bytes]:
+    debugger, evidence = pickle.loads(result)
+    return debugger, evidence
 
 
 def _name_of(number: int) -> str:

@@ -18,23 +18,25 @@ from time import monotonic
 from hangwatch import linux
 from hangwatch.errors import ProtocolError
 from hangwatch.evidence.model import OtherWorker
+from hangwatch.evidence.report import overrun
 from hangwatch.handover import Kept
-from hangwatch.watch.case import case_of, doing_of
-from hangwatch.watch.events import Events
-from hangwatch.watch.helper import Helper
-from hangwatch.watch.incident import Incident, Verdict
-from hangwatch.watch.keeper_link import PING_EVERY, KeeperLink
-from hangwatch.watch.loop import READABLE, Loop, guarded
-from hangwatch.watch.page_reader import Armed
-from hangwatch.watch.reception import Reception
-from hangwatch.watch.settings import Settings
-from hangwatch.watch.takeover import state_of, take_over
-from hangwatch.watch.visit import visit
-from hangwatch.watch.watched import Watched
-from hangwatch.wire import encode_reply
+from hangwatch.watcher.case import case_of, doing_of
+from hangwatch.watcher.events import Events
+from hangwatch.watcher.helper import Helper
+from hangwatch.watcher.incident import Incident, Verdict
+from hangwatch.watcher.keeper_link import PING_EVERY, KeeperLink
+from hangwatch.watcher.loop import READABLE, Loop, guarded
+from hangwatch.watcher.news import coming_or_going, of_incident
+from hangwatch.watcher.page_reader import Armed, Overdue
+from hangwatch.watcher.reception import Reception
+from hangwatch.watcher.settings import Settings, Wishes
+from hangwatch.watcher.takeover import state_of, take_over
+from hangwatch.watcher.visit import visit
+from hangwatch.watcher.watched import Watched
+from hangwatch.wire import Reply, encode_reply
 from hangwatch.worker.connection import RING
 
-_log = logging.getLogger("hangwatch.watch")
+_log = logging.getLogger("hangwatch.watcher")
 
 # Without the fence a ring can be missed by a store buffer's width; looking at every page
 # once a second bounds what that costs.
@@ -43,6 +45,8 @@ _SWEEP_EVERY = 1.0
 # cgroup, a stopped job. Who is overdue by then gets a moment to leave its block.
 _OVERSLEPT = 1.0
 _LONGEST_SETTLING = 1.0
+# Who stays outside of every block is found that part of the gap late, at most.
+_GAP_LOOKS_EVERY = 0.1
 _MOST_RINGS_READ = 64
 _INCIDENTS_AT_ONCE = 0.005
 # What a turn of the loop costs besides the visit, roughly, in seconds of CPU.
@@ -58,6 +62,7 @@ class Watcher:
         settings: what to do about a block that overran.
         is_paused: tells whether watching is paused.
         events: where to tell what happens.
+        successor: whether there was a watcher before it.
     """
 
     def __init__(
@@ -67,8 +72,10 @@ class Watcher:
         settings: Settings,
         is_paused: Callable[[], bool] = lambda: False,
         events: Events | None = None,
+        successor: bool = False,
     ) -> None:
         self.settings = settings
+        self._successor = successor
         self._events = events or Events(None)
         self._joined = 0
         self.paused = is_paused
@@ -94,6 +101,8 @@ class Watcher:
 
         It must be every page: tests/model/protocol.pml, SUCCESSOR_MISSES_A_PAGE.
         """
+        if self._successor:
+            self._events.tell({"event": "restarted", "at": time.time(), "workers": len(kept)})
         for number, entry in kept.items():
             try:
                 worker = take_over(number, entry)
@@ -104,7 +113,9 @@ class Watcher:
                 self.keeper.drop(number)
             else:
                 self._watch(worker)
-                if not worker.welcomed:
+                if worker.welcomed:
+                    self._joined += 1
+                else:
                     self._answer(worker)
             self.keeper.ping(len(self._workers))
         self._reception.next_number = max(kept, default=0) + 1
@@ -143,6 +154,7 @@ class Watcher:
         if late > _OVERSLEPT:
             self._paused_until, self._pause = now, late
             _log.warning("the watcher did not run for %.1f s; who is overdue may settle", late)
+            self._events.tell({"event": "stalled", "at": time.time(), "for_s": round(late, 3)})
 
     def _next_wake(self) -> float:
         while self._heap and self._heap[0][0] != self._heap[0][2].next_visit:
@@ -185,19 +197,21 @@ class Watcher:
         self._answer(worker)
 
     def _watch(self, worker: Watched) -> None:
-        self._joined += 1
         self._workers[worker.connection.fileno()] = worker
         self.loop.add(worker.connection.fileno(), lambda: self._rung(worker))
         self.loop.add(worker.identity.pidfd, lambda: self._ended(worker))
         self._visit(worker)
 
     def _answer(self, worker: Watched) -> None:
+        reply = encode_reply(Reply(None, self.settings.on_expiry.value))
         try:
-            worker.connection.send(encode_reply(None), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            worker.connection.send(reply, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except OSError:
             self._drop(worker)
         else:
             worker.welcomed = True
+            self._joined += 1
+            self._events.tell(coming_or_going("joined", worker))
             self.keeper.note(worker.number, state_of(worker))
 
     def _drop(self, worker: Watched) -> None:
@@ -206,6 +220,8 @@ class Watcher:
             return
         worker.left = True
         worker.next_visit = inf
+        if worker.welcomed:
+            self._events.tell(coming_or_going("left", worker))
         del self._workers[worker.connection.fileno()]
         self.loop.remove(worker.connection.fileno())
         self.loop.remove(worker.identity.pidfd)
@@ -264,11 +280,19 @@ class Watcher:
             worker.muted = False
             self.loop.listen_for(worker.connection.fileno(), READABLE)
         found = visit(worker.reader, linux.fence, monotonic, worker.entries, worker.judged)
-        worker.entries = found.entries
-        self._schedule(worker, found.again)
-        if found.due and not worker.busy:
-            self._open_incident(worker, found.due[0])
-        elif worker.judged and not found.due:
+        moved, worker.entries = found.entries != worker.entries, found.entries
+        due: list[Overdue] = [*found.due]
+        again = found.again
+        if self.settings.gap:
+            # Looking costs the worker nothing: its page still promises `found.again`.
+            again = min(again, now + self.settings.gap * _GAP_LOOKS_EVERY)
+            standstill = worker.stands_still(now, moved, found.inside, self.settings.gap)
+            if standstill is not None and worker.judged.get(standstill, 0.0) <= now:
+                due.append(standstill)
+        self._schedule(worker, again)
+        if due and not worker.busy:
+            self._open_incident(worker, due[0])
+        elif worker.judged and not due:
             worker.forget_ended()
 
     def _schedule(self, worker: Watched, when: float) -> None:
@@ -282,24 +306,29 @@ class Watcher:
 
     # -- incidents
 
-    def _open_incident(self, worker: Watched, slot: Armed) -> None:
+    def _open_incident(self, worker: Watched, found: Overdue) -> None:
         at = monotonic()
-        case = case_of(worker, slot, at)
+        case = case_of(worker, found, at)
         if case is None:
             # Its deadline may have moved, not ended: this visit has not seen the new one.
             self._schedule(worker, at)
             return
-        worker.judged.add(slot)
+        told = found in worker.judged
+        worker.judged[found] = inf
         self._notice_pause()
         settle = 0.0
-        if slot.deadline <= self._paused_until:
+        if found.deadline <= self._paused_until:
             settle = min(self._pause, case.scope.limit_s, _LONGEST_SETTLING)
+        wishes = worker.reader.wishes(found) if isinstance(found, Armed) else Wishes()
         verdict = Verdict(
-            *(worker, slot, at, case),
+            *(worker, found, at, case),
             names=worker.reader.thread_names(),
-            signal=worker.reader.signal(slot),
+            ladder=self.settings.ladder(wishes, worker.identity.pid),
+            wishes=wishes,
+            told=told,
         )
-        self.tell("expired", verdict)
+        if not told:
+            self.tell("expired", verdict, overrun(case))
         incident = Incident(verdict, self, settle)
         # It begins in this turn of the loop, once every page that is due has been visited.
         worker.busy = True
@@ -330,10 +359,10 @@ class Watcher:
 
     # -- what incidents need: incident.Surroundings
 
-    def look(self, worker: Watched, slot: Armed) -> bool:
-        """Tell whether the block has still not ended."""
+    def look(self, worker: Watched, found: Overdue) -> str | None:
+        """Say what makes a verdict void by now; None: it still holds."""
         linux.fence()
-        return worker.reader.is_still(slot)
+        return worker.reader.change_of(found)
 
     def start_helper(
         self, work: Callable[[], bytes], keep: list[int], outlives: bool = False
@@ -357,19 +386,9 @@ class Watcher:
         """Count the incidents whose report is being written."""
         return sum(incident.publishing for incident in self._incidents)
 
-    def tell(self, event: str, verdict: Verdict) -> None:
+    def tell(self, event: str, verdict: Verdict, headline: str) -> None:
         """Tell our launcher of an incident."""
-        case = verdict.case
-        self._events.tell(
-            {
-                "event": event,
-                "at": time.time(),
-                "pid": case.worker.pid,
-                "scope": case.scope.name,
-                "expiration_time": case.at - case.scope.late_s,
-                "signal": verdict.signal,
-            }
-        )
+        self._events.tell(of_incident(event, verdict, headline))
 
     def spared(self, worker: Watched) -> set[int]:
         """Return the processes that no kill of this worker may reach."""

@@ -8,11 +8,11 @@ tests/model/protocol.pml.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf
 
-from hangwatch.watch.page_reader import Armed, PageReader
+from hangwatch.watcher.page_reader import Armed, Overdue, PageReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +20,15 @@ class Visit:
     """What one look at a page found.
 
     Attributes:
-        due: armed slots whose deadline has passed, the longest overdue first.
+        due: armed slots whose deadline has passed, the longest overdue first. Blocks that
+            are suspended by another are not due.
+        inside: whether any block is open.
         entries: the entry counters, for the next visit to compare.
         again: when to look again (CLOCK_MONOTONIC); infinite: when the worker rings.
     """
 
     due: list[Armed]
+    inside: bool
     entries: list[float]
     again: float
 
@@ -35,7 +38,7 @@ def visit(
     fence: Callable[[], bool],
     clock: Callable[[], float],
     before: list[float],
-    judged: set[Armed],
+    judged: Mapping[Overdue, float],
 ) -> Visit:
     """Visit a page and leave a promise there.
 
@@ -44,7 +47,7 @@ def visit(
         fence: orders the store of 0 before the reads, on the worker's CPU too.
         clock: CLOCK_MONOTONIC in seconds.
         before: the entry counters of the visit before this one.
-        judged: what is not due a second time.
+        judged: what is not due a second time, before the time that stands there.
 
     Returns:
         What was found. The worker stays quiet until `again` unless a new deadline
@@ -55,9 +58,10 @@ def visit(
     entries = reader.entries()
     armed = reader.armed()
     now = clock()
-    waiting = [slot for slot in armed if slot not in judged]
-    due = sorted((slot for slot in waiting if slot.deadline <= now), key=lambda s: s.deadline)
-    again = min((slot.deadline for slot in waiting if slot.deadline > now), default=inf)
+    judgeable = [slot for slot in armed if reader.pauses(slot)] or armed
+    times = [(max(slot.deadline, judged.get(slot, 0.0)), slot) for slot in judgeable]
+    due = sorted((slot for when, slot in times if when <= now), key=lambda slot: slot.deadline)
+    again = min((when for when, _ in times if when > now), default=inf)
     # A slot in use that is unarmed just now will be armed again before long. Promising
     # its next possible deadline keeps blocks shorter than our response from ringing.
     busy = {slot.index for slot in armed}
@@ -66,4 +70,4 @@ def visit(
         if moved and index not in busy:
             again = min(again, now + reader.limit(index))
     reader.promise(again)
-    return Visit(due, entries, again)
+    return Visit(due, bool(armed), entries, again)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass, field
+from math import inf
 from typing import ClassVar
 
 from hangwatch.process import Identity
-from hangwatch.watch.page_reader import Armed, PageReader
+from hangwatch.watcher.page_reader import Overdue, PageReader, Standstill
 from hangwatch.wire import Hello
 
 
@@ -54,8 +55,10 @@ class Watched:
         number: what the keeper knows it by.
         welcomed: whether its hello has been answered.
         entries: the entry counters at the last visit.
-        judged: what an incident has dealt with. A block that moved its deadline since, which
-            it does after a ring that took long, is judged anew.
+        judged: what an incident has dealt with, and when that is judged again, which is never
+            but under a debugger. A block that moved its deadline since is judged anew.
+        standing_since: since when it has stood still outside of every block (CLOCK_MONOTONIC);
+            infinite while it doesn't.
         busy: whether an incident is under way; one at a time a worker.
         left: whether the watch has ended; an incident may still hold it.
         next_visit: when its page is looked at next (CLOCK_MONOTONIC).
@@ -71,7 +74,8 @@ class Watched:
     number: int = 0
     welcomed: bool = False
     entries: list[float] = field(default_factory=list)
-    judged: set[Armed] = field(default_factory=set)
+    judged: dict[Overdue, float] = field(default_factory=dict)
+    standing_since: float = inf
     busy: bool = False
     left: bool = False
     next_visit: float = 0.0
@@ -82,9 +86,32 @@ class Watched:
         """Tell whether the process still is the program that sent its page; None: unknown."""
         return self.identity.holds(self.hello.page_fd, self.reader.inode, native_id)
 
+    def judge_again(self, found: Overdue, when: float) -> None:
+        """Let what has been judged be judged once more (CLOCK_MONOTONIC)."""
+        self.judged[found] = when
+
+    def stands_still(self, now: float, moved: bool, inside: bool, gap: float) -> Standstill | None:
+        """Notice how long it has been outside of every block; return that if it is too long.
+
+        Args:
+            now: CLOCK_MONOTONIC in seconds.
+            moved: whether it has entered a block since the last look.
+            inside: whether it is in one.
+            gap: seconds that it may stay outside.
+        """
+        if inside:
+            self.standing_since = inf
+        elif moved or self.standing_since == inf:
+            self.standing_since = now
+        if now - self.standing_since < gap:
+            return None
+        return Standstill(self.standing_since, self.standing_since + gap, tuple(self.entries))
+
     def forget_ended(self) -> None:
         """Forget the judged blocks that have ended."""
-        self.judged &= set(self.reader.armed())
+        self.judged = {
+            found: when for found, when in self.judged.items() if self.reader.is_open(found)
+        }
 
     def close(self) -> None:
         """Let go of everything."""

@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import os
 import socket
+from math import inf
 
 from hangwatch import wire
 from hangwatch.errors import ProtocolError
 from hangwatch.handover import Kept
 from hangwatch.process import Identity, read_stat
-from hangwatch.watch.identity import credentials_of, identify, kernel_gives_pidfds
-from hangwatch.watch.page_reader import Armed, PageReader
-from hangwatch.watch.watched import Watched
+from hangwatch.watcher.identity import credentials_of, identify, kernel_gives_pidfds
+from hangwatch.watcher.page_reader import Armed, PageReader
+from hangwatch.watcher.watched import Watched
 
 # A worker that is only reported on may have this many open blocks that were reported.
 _MOST_JUDGED = 256
@@ -30,8 +31,9 @@ def state_of(worker: Watched) -> bytes:
             "stacks_inode": worker.stacks_inode,
             "welcomed": worker.welcomed,
             "judged": [
-                (slot.index, slot.entry, slot.deadline)
-                for slot in sorted(worker.judged, key=lambda slot: slot.deadline)
+                (found.index, found.entry, found.deadline, None if again == inf else again)
+                for found, again in sorted(worker.judged.items(), key=lambda item: item[0].deadline)
+                if isinstance(found, Armed)
             ][-_MOST_JUDGED:],
         }
     ).encode("ascii")
@@ -80,7 +82,9 @@ def take_over(number: int, kept: Kept) -> Watched:
             stacks_inode=(state["stacks_inode"][0], state["stacks_inode"][1]),
             number=number,
             welcomed=state["welcomed"],
-            judged={Armed(*slot) for slot in state["judged"]},
+            judged={
+                Armed(*slot): inf if again is None else again for *slot, again in state["judged"]
+            },
         )
     except BaseException:
         connection.close()

@@ -11,9 +11,9 @@ from time import monotonic
 from hangwatch import wire
 from hangwatch.errors import PageError, ProtocolError
 from hangwatch.process import Identity
-from hangwatch.watch.identity import identify
-from hangwatch.watch.page_reader import PageReader
-from hangwatch.watch.watched import Watched
+from hangwatch.watcher.identity import identify
+from hangwatch.watcher.page_reader import PageReader
+from hangwatch.watcher.watched import Watched
 
 _CLOCKS_APART = 10.0
 
@@ -57,7 +57,9 @@ def admit(connection: socket.socket, allowed_uids: frozenset[int]) -> tuple[Watc
 def refuse(connection: socket.socket, reason: str) -> None:
     """Tell a newcomer why it isn't welcome, and hang up."""
     with contextlib.suppress(OSError):
-        connection.send(wire.encode_reply(reason), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        connection.send(
+            wire.encode_reply(wire.Reply(reason)), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+        )
     connection.close()
 
 

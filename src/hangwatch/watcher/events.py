@@ -14,26 +14,44 @@ _MOST_WAITING = 10_000
 
 
 class Event(TypedDict, total=False):
-    """One event, a JSON object in a datagram.
+    """One event, a JSON object in a datagram. docs/events.md shows one of each kind.
 
     Attributes:
-        event: ``alive`` a few times a second, ``expired`` at a verdict, or how an incident
-            ended: a value of `Outcome`.
+        event: its kind: ``joined`` and ``left`` of a worker; ``expired`` at a verdict, then how
+            the incident ended, a value of `Outcome`; ``stalled`` and ``restarted`` of the
+            watcher; ``alive`` a few times a second, for programs of ours alone.
         at: when, in seconds since the epoch.
-        joined: of ``alive``: how many workers have connected so far.
-        pid: the worker; this and the rest not of ``alive``.
-        scope: the block's name, perhaps cut.
+        pid: the worker; this and `labels` of a worker's and an incident's events.
+        labels: its rank and the like.
+        scope: the block's name, perhaps cut; this and the rest down to `headline` of an
+            incident's events.
+        limit_s: how long it may take, in seconds.
+        inside_s: how long it had taken at the verdict.
+        late_s: from the deadline to the verdict.
+        thread: name of the thread that is inside of it.
         expiration_time: its deadline, in seconds since the epoch.
         signal: what the block asked for, 0: the watcher's choice.
+        headline: one line that stands alone.
+        for_s: of ``stalled``: for how many seconds the watcher did not run.
+        workers: of ``restarted``: how many workers it has taken over.
+        joined: of ``alive``: how many workers have connected so far.
     """
 
     event: str
     at: float
-    joined: int
     pid: int
+    labels: dict[str, str]
     scope: str
+    limit_s: float
+    inside_s: float
+    late_s: float
+    thread: str
     expiration_time: float
     signal: int
+    headline: str
+    for_s: float
+    workers: int
+    joined: int
 
 
 class Events:

@@ -9,7 +9,7 @@ from time import monotonic
 
 from hangwatch import handover
 from hangwatch.handover import Kind
-from hangwatch.watch.loop import READABLE, WRITABLE, Loop
+from hangwatch.watcher.loop import READABLE, WRITABLE, Loop
 
 PING_EVERY = 0.2
 

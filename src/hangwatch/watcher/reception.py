@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from time import monotonic
 
 from hangwatch.errors import ProtocolError
-from hangwatch.watch import admission
-from hangwatch.watch.keeper_link import KeeperLink
-from hangwatch.watch.loop import Loop
-from hangwatch.watch.takeover import descriptors_of, state_of
-from hangwatch.watch.watched import Watched
+from hangwatch.watcher import admission
+from hangwatch.watcher.keeper_link import KeeperLink
+from hangwatch.watcher.loop import Loop
+from hangwatch.watcher.takeover import descriptors_of, state_of
+from hangwatch.watcher.watched import Watched
 
 HELLO_WITHIN = 2.0
 RESERVED_DESCRIPTORS = 64
 """What those who are watched may need, pipes of helpers for example; no newcomer gets it."""
 
-_log = logging.getLogger("hangwatch.watch")
+_log = logging.getLogger("hangwatch.watcher")
 
 
 @dataclass(eq=False, slots=True)

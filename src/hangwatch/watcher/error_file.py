@@ -9,7 +9,7 @@ from time import monotonic
 from hangwatch.evidence import error_file
 from hangwatch.evidence.model import Case, Evidence
 from hangwatch.process import Identity
-from hangwatch.watch.reporter import StartHelper
+from hangwatch.watcher.reporter import StartHelper
 
 # A file system that answers no more delays the kill by so many seconds.
 _WITHIN = 1.0

@@ -1,0 +1,105 @@
+"""Functions whose every call is a block, and generators whose every step is one."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import AsyncGenerator, Callable, Generator
+from typing import Any, TypeVar, cast
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from hangwatch.worker.expiration import Expiration
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def decorate(function: Function, block: Callable[[], Expiration]) -> Function:
+    """Put a block around each call of a function; around each step, if it is a generator.
+
+    Args:
+        function: a function, coroutine function, generator or async generator.
+        block: returns a new block.
+
+    Raises:
+        TypeError: it is none of these: the caller's fault.
+    """
+    if isinstance(function, type) or not callable(function):
+        what = "a class" if isinstance(function, type) else type(function).__name__
+        raise TypeError(
+            f"expires decorates functions, coroutine functions and generators, not {what}: "
+            "decorate the method itself, below @classmethod or @staticmethod"
+        )
+    if inspect.isasyncgenfunction(function):
+        return cast(Function, _async_generator(function, block))
+    if inspect.isgeneratorfunction(function):
+        return cast(Function, _generator(function, block))
+    if inspect.iscoroutinefunction(function):
+
+        @functools.wraps(function)
+        async def coroutine(*args: Any, **kwargs: Any) -> Any:
+            with block():
+                return await function(*args, **kwargs)
+
+        return cast(Function, coroutine)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with block():
+            return function(*args, **kwargs)
+
+    return cast(Function, call)
+
+
+def _generator(
+    function: Callable[..., Generator[Any, Any, Any]], block: Callable[[], Expiration]
+) -> Callable[..., Generator[Any, Any, Any]]:
+    @functools.wraps(function)
+    def generator(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+        inner = function(*args, **kwargs)
+        step: Callable[[Any], Any] = inner.send
+        given: Any = None
+        while True:
+            try:
+                with block():
+                    item = step(given)
+            except StopIteration as stop:
+                return stop.value
+            try:
+                given = yield item
+                step = inner.send
+            except GeneratorExit:
+                with block():
+                    inner.close()
+                raise
+            except BaseException as error:
+                given, step = error, inner.throw
+
+    return generator
+
+
+def _async_generator(
+    function: Callable[..., AsyncGenerator[Any, Any]], block: Callable[[], Expiration]
+) -> Callable[..., AsyncGenerator[Any, Any]]:
+    @functools.wraps(function)
+    async def generator(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
+        inner = function(*args, **kwargs)
+        step: Callable[[Any], Any] = inner.asend
+        given: Any = None
+        while True:
+            try:
+                with block():
+                    item = await step(given)
+            except StopAsyncIteration:
+                return
+            try:
+                given = yield item
+                step = inner.asend
+            except GeneratorExit:
+                with block():
+                    await inner.aclose()
+                raise
+            except BaseException as error:
+                given, step = error, inner.athrow
+
+    return generator

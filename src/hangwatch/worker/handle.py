@@ -1,0 +1,86 @@
+"""The open block that an `Expiration` is the handle of, and how ``async with`` leaves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+
+from hangwatch.errors import HangwatchError
+from hangwatch.worker.acquired import Holder, holder
+from hangwatch.worker.blocks import SlotTimer
+from hangwatch.worker.client import all_slots
+from hangwatch.worker.slots import Slot
+from hangwatch.worker.soft_ending import leaves
+from hangwatch.worker.tasks import current_task
+
+TYPE_CHECKING = False  # typing itself takes long to import
+if TYPE_CHECKING:
+    from hangwatch.worker.blocks import Timer
+
+
+class Done:
+    """What can be awaited, and has happened already."""
+
+    def __init__(self, result: object) -> None:
+        self._result = result
+
+    def __await__(self) -> Generator[None, None, object]:
+        return self._result
+        yield
+
+
+class AsyncExit:
+    """Ends a block when it is called, not when what it returns is awaited."""
+
+    def __init__(self, end: Callable[..., None]) -> None:
+        self._end = end
+
+    @leaves
+    def __call__(self, *exc_info: object) -> Done:
+        """End the block."""
+        self._end(*exc_info)
+        return Done(None)
+
+
+def open_timer(
+    block: object, slots: list[Slot], opened: Iterable[tuple[Holder, Timer]]
+) -> Timer | None:
+    """Find the timer of the block that `block` is in.
+
+    Args:
+        block: an `Expiration`.
+        slots: those of the calling thread.
+        opened: timers of it that no slot leads to, the innermost last.
+
+    Returns:
+        That of its innermost block in this thread and task; else of its only one in the
+        process; None if there is none.
+
+    Raises:
+        HangwatchError: it is in several, none of them in this thread and task.
+    """
+    for thread in {id(slot.thread): slot.thread for slot in slots}.values():
+        for slot, entry in reversed(thread.stack_of(current_task())):
+            if slot.block is block and slot.is_open(entry):
+                return SlotTimer(slot, entry)
+    alive = [(who, timer) for who, timer in opened if timer.remaining() is not None]
+    for who, timer in reversed(alive):
+        if who == holder():
+            return timer
+    timers = [timer for _, timer in alive]
+    for slot in all_slots():
+        entry = slot.words[slot.entry_at]
+        if slot.block is block and slot.is_open(entry):
+            timers.append(SlotTimer(slot, entry))
+    if len(timers) > 1:
+        raise HangwatchError(
+            "several threads or tasks are in blocks of this timer, and this is none of them: "
+            "give each block a timer of its own"
+        )
+    return timers[0] if timers else None
+
+
+def not_open() -> HangwatchError:
+    """Return the error of who handles the timer of a block that is not open."""
+    return HangwatchError(
+        "this timer's block is not open: renew, cancel and ask for what remains within it"
+    )

@@ -1,0 +1,95 @@
+"""What suspends the timers of one page: `hangwatch.paused`.
+
+While a block that pauses is armed, the watcher passes over all others. When the last one
+ends, each other open block gets back the time that it was suspended for: its deadline is
+moved first, the pause ends after that, so nobody ever sees the one without the other.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from time import monotonic
+
+from hangwatch import page
+
+TYPE_CHECKING = False  # typing itself takes long to import
+if TYPE_CHECKING:
+    from hangwatch.worker.slots import Slot
+
+
+class Pauses:
+    """The pauses of one page.
+
+    Args:
+        memory: the page.
+    """
+
+    def __init__(self, memory: memoryview) -> None:
+        self._memory = memory
+        self._words = memory.cast("d")
+        self._pid = os.getpid()
+        # Reentrant: a signal handler may pause, too. Taken and given back in C, so no
+        # exception can leave it held.
+        self._lock = threading.RLock()
+        self._since = 0.0
+        self._pausing: list[tuple[Slot, float]] = []
+        # Where, from, to: made once a pause, so that what was interrupted can be done again.
+        self._moves: list[tuple[int, float, float]] | None = None
+
+    def are_open(self) -> bool:
+        """Tell whether the page's timers are suspended."""
+        return any(slot.is_watched(entry) for slot, entry in self._pausing)
+
+    def stand_since(self) -> float | None:
+        """Return since when the page's timers are suspended; None: they run."""
+        return self._since if self.are_open() else None
+
+    def begin(self, slot: Slot) -> None:
+        """Arm a slot whose block pauses; if that raises, `end` it."""
+        with self._lock:
+            self._forget_ended()
+            if not self._pausing:
+                self._since = monotonic()
+                self._moves = None
+            self._pausing.append((slot, slot.entry))
+            slot.arm()
+
+    def end(self, slot: Slot, entry: float) -> None:
+        """End the pause that armed `slot` as `entry`; a second time does nothing."""
+        if os.getpid() != self._pid:
+            return  # a forked child: the pause is its parent's, and so may the lock be
+        with self._lock:
+            if not slot.is_open(entry):
+                return
+            self._forget_ended()
+            if self._pausing in ([(slot, entry)], []):
+                if self._moves is None:
+                    self._moves = list(self._moves_of(self._since, monotonic()))
+                for at, before, after in self._moves:
+                    # No calls: another thread may end or renew its block meanwhile.
+                    if self._words[at] == before:
+                        self._words[at] = after
+            slot.exit(None, None, None)
+        # What was suspended may be due before the watcher looks again.
+        slot.ring()
+
+    def _forget_ended(self) -> None:
+        self._pausing = [(slot, entry) for slot, entry in self._pausing if slot.is_watched(entry)]
+
+    def _moves_of(self, since: float, until: float) -> Iterator[tuple[int, float, float]]:
+        """Yield which words of suspended blocks must change, and how."""
+        words = self._words
+        for index in range(int(words[page.SLOTS_IN_USE])):
+            at = page.deadline_word(index)
+            deadline, entry = words[at], words[at + page.ENTRY]
+            if deadline == 0.0 or page.pauses(self._memory, index):
+                continue
+            limit = words[at + page.LIMIT]
+            if words[at + page.RENEWED_ENTRY] == entry:
+                limit, entered = words[at + page.RENEWED_LIMIT], words[at + page.ENTERED]
+                yield at + page.ENTERED, entered, entered + until - max(since, entered)
+            if deadline < page.NEVER:
+                began = deadline - limit
+                yield at, deadline, deadline + max(0.0, until - max(since, began))

@@ -1,0 +1,106 @@
+"""`TimerExpired`, raised in the main thread by a signal of the watcher's.
+
+Python runs a signal's handler in the main thread, between two bytecodes of whatever runs
+there, and what it raises is raised at that place. The handler itself looks which block has
+overrun: if it has ended meanwhile, nothing is raised. Source: Python's signal module, "Signals
+and threads".
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterable
+from time import monotonic
+from types import CodeType, FrameType
+
+from hangwatch import page
+from hangwatch.errors import TimerExpired
+from hangwatch.worker.free_signals import free_signals
+
+TYPE_CHECKING = False  # typing itself takes long to import
+if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
+    from hangwatch.worker.slots import Slot
+
+    Function = TypeVar("Function", bound=Callable[..., Any])
+
+Overdue = Callable[[float], "Iterable[Slot]"]
+"""Given the time, finds the main thread's overdue blocks that are to be ended softly."""
+
+_leaving: set[CodeType] = set()
+
+
+def leaves(function: Function) -> Function:
+    """Decorate what ends a block: nothing is raised in it before the block has ended."""
+    _leaving.add(function.__code__)
+    return function
+
+
+class _Handler:
+    """The handler of this process; there is one, however many pages it has."""
+
+    number = 0
+    overdue: list[Overdue] = []  # noqa: RUF012  # one object, never replaced
+
+
+def install(overdue: Overdue) -> int:
+    """Catch a signal, the first time.
+
+    Args:
+        overdue: where the handler looks; asked as long as the process lives.
+
+    Returns:
+        The signal's number; 0 if none is free, or this is not the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return 0
+    if overdue not in _Handler.overdue:
+        _Handler.overdue.append(overdue)
+    # A program that took the signal since then has it.
+    if not _Handler.number or signal.getsignal(_Handler.number) is not _raise:
+        _Handler.number = next(iter(free_signals()), 0)
+        if _Handler.number:
+            signal.signal(_Handler.number, _raise)
+    return _Handler.number
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    now = monotonic()
+    slots = [slot for overdue in _Handler.overdue for slot in overdue(now)]
+    if not slots:
+        return
+    if _is_leaving(frame):
+        # Raised here, the block would end without being disarmed. So once more, a few
+        # bytecodes on, until it has ended or the code that does so is done.
+        signal.raise_signal(number)
+        return
+    # All of them end by it; it is the outermost that catches it.
+    outermost = min(slots, key=_depth)
+    entry = outermost.words[outermost.entry_at]
+    limit, entered = outermost.interval(entry), outermost.entered(entry)
+    for slot in slots:
+        entry = slot.words[slot.entry_at]
+        slot.raised = entry, slot.words[slot.deadline_at]
+        slot.words[slot.deadline_at + page.RAISED_ENTRY] = entry
+    raise TimerExpired(outermost.scope.name, limit, now - entered)
+
+
+def _depth(slot: Slot) -> int:
+    depth = 0
+    around = slot.enclosing
+    while around is not None:
+        depth, around = depth + 1, around.enclosing
+    return depth
+
+
+def _is_leaving(frame: FrameType | None) -> bool:
+    if frame is not None and frame.f_globals.get("__name__") == "contextlib":
+        # An ExitStack that has taken an exit from its list, and not called it yet.
+        return frame.f_code.co_name in ("__exit__", "__aexit__")
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("hangwatch."):
+        if frame.f_code in _leaving:
+            return True
+        frame = frame.f_back
+    return False
