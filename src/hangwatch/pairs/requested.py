@@ -15,7 +15,6 @@ from math import inf, nan
 from hangwatch.worker.acquired import Holder, holder
 from hangwatch.worker.blocks import NoThread
 from hangwatch.worker.slots import VOID_SLOT, Scope, Slot
-from hangwatch.worker.soft_ending import leaves
 
 RELEASE = -1.0
 _UNKNOWN = nan
@@ -216,7 +215,6 @@ class RequestedBlock:
             raise
         return VOID_SLOT
 
-    @leaves
     def exit(self, kind: object, error: object, traceback: object) -> None:
         """Give it back. A server that is gone by now has nothing to be given back."""
         try:

@@ -11,7 +11,6 @@ from time import monotonic
 from hangwatch import page
 from hangwatch.errors import UnsupportedError
 from hangwatch.worker.slots import VOID_SLOT, Scope, Slot
-from hangwatch.worker.soft_ending import leaves
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
@@ -139,7 +138,6 @@ class ContractBlock:
             raise
         return VOID_SLOT
 
-    @leaves
     def exit(self, kind: object, error: object, traceback: object) -> None:
         """Release; the body's own exception always wins."""
         self._expires = None
@@ -197,7 +195,6 @@ class ReplacingBlock:
             raise
         return VOID_SLOT
 
-    @leaves
     def exit(self, kind: object, error: object, traceback: object) -> None:
         """Give the outer block its own time anew."""
         try:
@@ -238,7 +235,6 @@ class PausingBlock:
             raise
         return VOID_SLOT
 
-    @leaves
     def exit(self, kind: object, error: object, traceback: object) -> None:
         """End the pause; the other timers go on with what was left to them."""
         try:

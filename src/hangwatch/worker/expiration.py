@@ -32,7 +32,6 @@ from hangwatch.worker.blocks import UNWATCHED, ContractBlock, NoThread, SlotTime
 from hangwatch.worker.client import OFF, address_from_environment, client_at
 from hangwatch.worker.handle import AsyncExit, Done, not_open, open_timer
 from hangwatch.worker.slots import VOID_SLOT, Scope, Slot
-from hangwatch.worker.soft_ending import leaves
 from hangwatch.worker.tasks import Asyncio as _Asyncio
 from hangwatch.worker.tasks import current_task
 
@@ -117,14 +116,12 @@ class _ExitLookup(property):
     # ``with`` looks __exit__ up on the instance before it calls __enter__ (PEP 343), and
     # gets one C call that disarms the slot chosen at that moment. contextlib.ExitStack
     # takes it from the class and calls it with the instance.
-    @leaves
     def __call__(self, block: Expiration, *exc_info: object) -> None:
         block._leave(*exc_info)
 
 
 class _AsyncExitLookup(property):
     # ``async with`` does the same with __aexit__ (PEP 492), AsyncExitStack, too.
-    @leaves
     def __call__(self, block: Expiration, *exc_info: object) -> Done:
         block._leave(*exc_info)
         return Done(None)
@@ -419,11 +416,12 @@ class Expiration:
                 self._open(chosen)
             chosen.nest(self).arm()
         except BaseException:
+            if isinstance(chosen, Slot):
+                chosen.exit(None, None, None)
             by_hand.exits.remove(left)
             raise
         return VOID_SLOT
 
-    @leaves
     def _leave(self, *exc_info: object) -> None:
         unheld = self._unheld_slot()
         if unheld is not None:

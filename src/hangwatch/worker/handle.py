@@ -9,7 +9,6 @@ from hangwatch.worker.acquired import Holder, holder
 from hangwatch.worker.blocks import SlotTimer
 from hangwatch.worker.client import all_slots
 from hangwatch.worker.slots import Slot
-from hangwatch.worker.soft_ending import leaves
 from hangwatch.worker.tasks import current_task
 
 TYPE_CHECKING = False  # typing itself takes long to import
@@ -34,7 +33,6 @@ class AsyncExit:
     def __init__(self, end: Callable[..., None]) -> None:
         self._end = end
 
-    @leaves
     def __call__(self, *exc_info: object) -> Done:
         """End the block."""
         self._end(*exc_info)

@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable
 from time import monotonic
-from types import CodeType, FrameType
+from types import FrameType
 
 from hangwatch import page
 from hangwatch.errors import TimerExpired
@@ -20,23 +20,10 @@ from hangwatch.worker.free_signals import free_signals
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
-    from typing import Any, TypeVar
-
     from hangwatch.worker.slots import Slot
-
-    Function = TypeVar("Function", bound=Callable[..., Any])
 
 Overdue = Callable[[float], "Iterable[Slot]"]
 """Given the time, finds the main thread's overdue blocks that are to be ended softly."""
-
-_leaving: set[CodeType] = set()
-
-
-def leaves(function: Function) -> Function:
-    """Decorate what ends a block: nothing is raised in it before the block has ended."""
-    _leaving.add(function.__code__)
-    return function
-
 
 class _Handler:
     """The handler of this process; there is one, however many pages it has."""
@@ -69,12 +56,9 @@ def install(overdue: Overdue) -> int:
 def _raise(number: int, frame: FrameType | None) -> None:
     now = monotonic()
     slots = [slot for overdue in _Handler.overdue for slot in overdue(now)]
-    if not slots:
-        return
-    if _is_leaving(frame):
-        # Raised here, the block would end without being disarmed. So once more, a few
-        # bytecodes on, until it has ended or the code that does so is done.
-        signal.raise_signal(number)
+    # Raised in what begins or ends a block, it would keep that from disarming it. If nothing
+    # has ended, the watcher asks again.
+    if not slots or _is_between(frame):
         return
     # All of them end by it; it is the outermost that catches it.
     outermost = min(slots, key=_depth)
@@ -95,12 +79,7 @@ def _depth(slot: Slot) -> int:
     return depth
 
 
-def _is_leaving(frame: FrameType | None) -> bool:
-    if frame is not None and frame.f_globals.get("__name__") == "contextlib":
-        # An ExitStack that has taken an exit from its list, and not called it yet.
-        return frame.f_code.co_name in ("__exit__", "__aexit__")
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("hangwatch."):
-        if frame.f_code in _leaving:
-            return True
-        frame = frame.f_back
-    return False
+def _is_between(frame: FrameType | None) -> bool:
+    """Tell whether a block is just being entered or left, by our code or an ExitStack's."""
+    module = "" if frame is None else frame.f_globals.get("__name__", "")
+    return module == "contextlib" or module.startswith("hangwatch.")

@@ -1,0 +1,283 @@
+"""`on_expiry="raise"`: TimerExpired within the block, and nowhere else."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import Any
+
+import pytest
+
+import hangwatch
+from conftest import StartWatcher
+from support.watchers import RunningWatcher
+
+RACE = """
+import contextlib, os, random, signal, subprocess, sys, time
+import hangwatch
+from hangwatch import page
+from hangwatch.watcher.page_reader import PageReader
+from hangwatch.worker.client import client_at
+
+TimerExpired = hangwatch.TimerExpired
+blocks, rng = int(sys.argv[1]), random.Random(int(sys.argv[2]))
+
+def spin(seconds):
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        pass
+
+def plain(limit, takes):
+    with hangwatch.expires(limit, "race", on_expiry="raise"):
+        spin(takes)
+
+def nested(limit, takes):
+    with hangwatch.expires(limit, "race", on_expiry="raise"):
+        with hangwatch.expires(60, "inner"):
+            spin(takes)
+        with hangwatch.expires(60):
+            pass
+
+def in_a_stack(limit, takes):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hangwatch.expires(limit, "race", on_expiry="raise"))
+        spin(takes)
+
+def renewed(limit, takes):
+    with hangwatch.expires(limit, "race", on_expiry="raise") as timer:
+        timer.renew()
+        spin(takes)
+
+@hangwatch.expires(60, "step")
+def steps(takes):
+    for _ in range(3):
+        spin(takes / 3)
+        yield
+
+def around_steps(limit, takes):
+    with hangwatch.expires(limit, "race", on_expiry="raise"):
+        for _ in steps(takes):
+            pass
+
+def paused(limit, takes):
+    with hangwatch.expires(limit, "race", on_expiry="raise"):
+        with hangwatch.paused("pause", 60):
+            pass
+        spin(takes)
+
+FORMS = [plain] * 8 + [nested, in_a_stack, renewed, around_steps, paused]
+
+with hangwatch.expires(60, "first", on_expiry="raise"):
+    pass  # connects
+client = client_at(os.environ["HANGWATCH_ADDRESS"])
+reader = PageReader(client.page.descriptor.number)
+number = reader.raise_signal()
+assert number
+# Besides those that the watcher sends, signals at every moment: the handler alone decides.
+hammer = subprocess.Popen([sys.executable, "-c",
+    "import os, random, sys, time\\n"
+    "while True:\\n"
+    "    os.kill(int(sys.argv[1]), int(sys.argv[2]))\\n"
+    "    time.sleep(random.uniform(2e-5, 3e-4))\\n",
+    str(os.getpid()), str(number)], stderr=subprocess.DEVNULL)
+raised = 0
+try:
+    for _ in range(blocks):
+        limit = rng.uniform(5e-5, 4e-4)
+        form = rng.choice(FORMS)
+        takes = limit * rng.uniform(0.5, 1.3)
+        try:
+            form(limit, takes)
+        except TimerExpired as expired:
+            assert expired.scope == "race" and expired.inside >= limit, expired
+            raised += 1
+        # Out here it would end the program.
+        [n * n for n in range(10)]
+        if raised % 50 == 1:
+            assert reader.armed() == [], (form, reader.armed())
+finally:
+    hammer.kill(); hammer.wait()
+assert reader.armed() == []
+print(raised)
+"""
+
+
+@pytest.mark.timeout(300)
+def test_timer_expired_never_appears_outside_of_its_block(start_watcher: StartWatcher) -> None:
+    """100,000 blocks whose end races their deadline."""
+    watcher = start_watcher(grace=30)
+    worker = watcher.python("-c", RACE, "100000", "5", stderr=subprocess.PIPE)
+    out, err = worker.communicate()
+    assert (worker.returncode, err) == (0, "")
+    assert 1000 < int(out) < 90_000, "some ended in time and some did not"
+    assert {report["outcome"] for report in watcher.reports()} <= {"raised", "recovered"}
+
+
+def outcome(watcher: RunningWatcher, script: str, **options: Any) -> tuple[int, str, dict[str, Any]]:
+    """Run a worker to its end; return its status, its output and the report of it."""
+    worker = watcher.python("-c", script, **options)
+    out, _ = worker.communicate(timeout=30)
+    return worker.returncode, out, watcher.report(pid=worker.pid)
+
+
+def actions(report: dict[str, Any]) -> list[str]:
+    return [f"{action['action']}: {action['result']}" for action in report["actions"]]
+
+
+def test_it_wakes_a_main_thread_that_sleeps_and_says_what_overran(
+    start_watcher: StartWatcher,
+) -> None:
+    watcher = start_watcher(grace=20)
+    status, out, report = outcome(
+        watcher,
+        """
+import time, hangwatch
+try:
+    with hangwatch.expires(0.3, "soft", on_expiry="raise"):
+        try: time.sleep(1000)
+        except Exception: print("swallowed")
+except hangwatch.TimerExpired as expired:
+    print(expired.scope, expired.limit, 0.3 <= expired.inside < 20)
+with hangwatch.expires(60, "after"): print("goes on")
+""",
+    )
+    assert (status, out) == (0, "soft 0.3 True\ngoes on\n")
+    assert report["outcome"] == "raised"
+    assert "TimerExpired" in report["headline"]
+    assert actions(report) == ["raise: asked", "look: the block has ended"]
+    assert report["threads"][0]["frames"][0]["line"] == 5
+
+
+def test_uncaught_it_ends_the_program_with_a_traceback(start_watcher: StartWatcher) -> None:
+    watcher = start_watcher(on_expiry="raise")
+    worker = watcher.python(
+        "-c",
+        "import time, hangwatch\nwith hangwatch.expires(0.3, 'soft'): time.sleep(1000)",
+        stderr=subprocess.PIPE,
+    )
+    _, err = worker.communicate(timeout=30)
+    assert worker.returncode == 1
+    assert "TimerExpired: 'soft' has taken" in err
+    assert watcher.report(pid=worker.pid)["outcome"] == "raised"
+
+
+SWALLOWS = """
+import time, hangwatch
+with hangwatch.expires(0.3, "swallows", on_expiry="raise", grace=0.5):
+    while True:
+        try: time.sleep(1000)
+        except BaseException as error: print(type(error).__name__, flush=True)
+"""
+IN_C = """
+import hangwatch
+with hangwatch.expires(0.3, "in C", on_expiry="raise", grace=0.5):
+    sum(range(10**15))  # a loop in C that looks at no signal
+"""
+
+
+@pytest.mark.parametrize(("script", "printed"), [(SWALLOWS, "TimerExpired\n"), (IN_C, "")])
+def test_who_does_not_leave_the_block_within_the_grace_is_reaped(
+    watcher: RunningWatcher, script: str, printed: str
+) -> None:
+    status, out, report = outcome(watcher, script)
+    assert (status, out) == (-15, printed), "raised once, then SIGTERM"
+    assert report["outcome"] == "reaped"
+    first, *_, last, confirm = report["actions"]
+    assert (first["action"], last["action"], confirm["action"]) == ("raise", "SIGTERM", "confirm")
+    assert last["at_s"] - first["at_s"] >= 0.5
+
+
+def test_the_outermost_overdue_block_catches_it(watcher: RunningWatcher) -> None:
+    status, out, _ = outcome(
+        watcher,
+        """
+import signal, time, hangwatch
+signal.pthread_sigmask(signal.SIG_BLOCK, range(34, 65))
+try:
+    with hangwatch.expires(0.4, "outer", on_expiry="raise", grace=20):
+        try:
+            with hangwatch.expires(0.3, "inner", on_expiry="raise", grace=20):
+                time.sleep(1)  # both are overdue when the signal gets through
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, range(34, 65))
+                time.sleep(1000)
+        except hangwatch.TimerExpired as expired:
+            print("through the inner one:", expired.scope)
+            raise
+except hangwatch.TimerExpired as expired:
+    print("caught:", expired.scope)
+""",
+    )
+    assert (status, out) == (0, "through the inner one: outer\ncaught: outer\n")
+
+
+OTHERS_DEFAULT = """
+import sys, threading, time, hangwatch
+def hang():
+    with hangwatch.expires(0.3, "other thread"): time.sleep(1000)
+thread = threading.Thread(target=hang); thread.start(); thread.join()
+"""
+
+
+def test_other_threads_are_reaped_and_the_report_says_why(start_watcher: StartWatcher) -> None:
+    watcher = start_watcher(on_expiry="raise")
+    status, _, report = outcome(watcher, OTHERS_DEFAULT)
+    assert (status, report["outcome"]) == (-9, "reaped")
+    assert actions(report)[0] == "raise: not possible: Python raises in the main thread alone"
+
+
+def test_asked_for_where_it_cannot_be_had_it_is_refused(watcher: RunningWatcher) -> None:
+    worker = watcher.python(
+        "-c",
+        """
+import asyncio, threading, hangwatch
+def enter(where):
+    try:
+        with hangwatch.expires(60, "x", on_expiry="raise"): print("entered")
+    except hangwatch.UnsupportedError as error: print(where, str(error)[:30])
+async def task():
+    enter("task")
+    async with hangwatch.expires(60, "y"): pass
+enter("main")
+thread = threading.Thread(target=enter, args=["thread"]); thread.start(); thread.join()
+asyncio.run(task())
+enter("main")
+class Own(hangwatch.TimerClient):
+    def acquire(self, scope_id, expiration_time): print("acquired")
+    def release(self, scope_id): pass
+hangwatch.configure(Own())
+enter("own client")
+""",
+    )
+    out, _ = worker.communicate(timeout=30)
+    assert worker.returncode == 0
+    assert out.splitlines() == [
+        "entered",
+        "thread on_expiry='raise' can only end",
+        "task on_expiry='raise' would interr",
+        "entered",
+        "own client Own can't pause, nor take on_e",
+    ]
+
+
+def test_a_program_that_takes_the_signal_for_itself_is_reaped(watcher: RunningWatcher) -> None:
+    status, out, report = outcome(
+        watcher,
+        """
+import os, signal, time, hangwatch
+from hangwatch.watcher.page_reader import PageReader
+from hangwatch.worker.client import client_at
+with hangwatch.expires(0.5, "taken", on_expiry="raise", grace=0.2):
+    client = client_at(os.environ["HANGWATCH_ADDRESS"])
+    signal.signal(PageReader(client.page.descriptor.number).raise_signal(), signal.SIG_DFL)
+    time.sleep(1000)
+""",
+    )
+    assert (status, out) == (-15, "")
+    assert actions(report)[0] == "raise: failed: the program no longer catches the request's signal"
+
+
+def test_it_pickles() -> None:
+    import pickle
+
+    expired = pickle.loads(pickle.dumps(hangwatch.TimerExpired("scope", 1.0, 2.0)))
+    assert (expired.scope, expired.limit, expired.inside) == ("scope", 1.0, 2.0)
+    assert not isinstance(expired, Exception)
