@@ -112,7 +112,9 @@ def test_timer_expired_never_appears_outside_of_its_block(start_watcher: StartWa
     assert {report["outcome"] for report in watcher.reports()} <= {"raised", "recovered"}
 
 
-def outcome(watcher: RunningWatcher, script: str, **options: Any) -> tuple[int, str, dict[str, Any]]:
+def outcome(
+    watcher: RunningWatcher, script: str, **options: Any
+) -> tuple[int, str, dict[str, Any]]:
     """Run a worker to its end; return its status, its output and the report of it."""
     worker = watcher.python("-c", script, **options)
     out, _ = worker.communicate(timeout=30)

@@ -26,8 +26,8 @@ from hangwatch.process import Identity
 from hangwatch.watcher.descendants import descendants_of
 from hangwatch.watcher.error_file import ErrorFile
 from hangwatch.watcher.helper import Helper
-from hangwatch.watcher.page_reader import Armed, Overdue
-from hangwatch.watcher.raising import ask_to_raise, why_not_raised
+from hangwatch.watcher.page_reader import Overdue
+from hangwatch.watcher.raising import SoftEnding
 from hangwatch.watcher.reporter import Reporter
 from hangwatch.watcher.settings import Ladder, OnExpiry, Settings, Wishes
 from hangwatch.watcher.watched import Watched
@@ -35,8 +35,6 @@ from hangwatch.watcher.watched import Watched
 EVIDENCE_WITHIN = 2.0
 MOST_GATHERING = MOST_PUBLISHING = 4
 _PUBLISH_WITHIN = 10.0
-_ASK_WITHIN = 1.0
-_ASK_AGAIN_AFTER = 0.1
 _DEAD_WITHIN = 5.0
 _LONGEST_BACK_OFF = 60.0
 # A worker under a debugger is looked at again so often, in seconds.
@@ -261,49 +259,18 @@ class Incident:
         outcome = self._nothing_to_do()
         if outcome is not None:
             return outcome
-        number = worker.reader.raise_signal()
-        problem = why_not_raised(number, verdict.found, verdict.case.scope.thread, worker.identity)
-        if problem is not None:
-            self._note("raise", problem)
-            return None
-        until = monotonic() + verdict.ladder.grace
-        pause = _ASK_AGAIN_AFTER
-        while self._overdue() and monotonic() < until:
-            # It may have been at a place where nothing can be raised, or have masked the signal.
-            if not self._was_raised():
-                yield from self._ask_to_raise(number)
-            again = min(until, monotonic() + pause)
-            pause = min(2 * pause, 1.0)
-            while self._overdue() and monotonic() < again:
-                yield min(again, monotonic() + 0.02)
+        ending = SoftEnding(
+            self._around.start_helper,
+            *(worker.identity, worker.reader, verdict.found, verdict.case.scope.thread),
+            overdue=self._overdue,
+            note=self._note,
+        )
+        yield from ending.ask(verdict.ladder.grace)
         # Of a process that has died since its page is still there.
-        if self._was_raised() and not self._overdue():
+        if ending.was_raised() and not self._overdue():
             self._note("look", "the block has ended")
             return Outcome.RAISED
         return self._nothing_to_do()
-
-    def _was_raised(self) -> bool:
-        found = self.verdict.found
-        return isinstance(found, Armed) and self.verdict.worker.reader.was_raised(found)
-
-    def _ask_to_raise(self, number: int) -> Course:
-        verdict, worker = self.verdict, self.verdict.worker
-        try:
-            helper = self._around.start_helper(
-                lambda: ask_to_raise(
-                    worker.identity, number, lambda: worker.reader.is_still(verdict.found)
-                ).encode(),
-                [worker.identity.pidfd],
-            )
-        except OSError as error:
-            self._note_news("raise", f"failed: no process can be started ({error.strerror})")
-            return
-        until = monotonic() + _ASK_WITHIN
-        while not helper.done and monotonic() < until:
-            yield until
-        helper.kill()
-        result = "failed: no answer" if helper.result is None else helper.result.decode()
-        self._note_news("raise", result)
 
     def _leave_error_file(self) -> Generator[float, None, ErrorFile | None]:
         """Tell the worker's launcher why it dies, before it does."""
@@ -384,13 +351,6 @@ class Incident:
 
     def _note(self, action: str, result: str) -> None:
         self._actions.append(Action(action, round(monotonic() - self.verdict.at, 6), result))
-
-    def _note_news(self, action: str, result: str) -> None:
-        if not self._actions or (self._actions[-1].action, self._actions[-1].result) != (
-            action,
-            result,
-        ):
-            self._note(action, result)
 
     def _start_reporter(self) -> None:
         verdict = self.verdict

@@ -2,48 +2,117 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from functools import partial
+from time import monotonic
 
 from hangwatch import linux
 from hangwatch.evidence.model import ScopeThread
 from hangwatch.evidence.stacks import who_takes
 from hangwatch.process import Identity
-from hangwatch.watcher.page_reader import Armed, Overdue
+from hangwatch.watcher.page_reader import Armed, Overdue, PageReader
+from hangwatch.watcher.reporter import StartHelper
 
-ASKED = "asked"
+_ANSWER_WITHIN = 1.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 1.0
+
+Course = Generator[float, None, None]
 
 
-def why_not_raised(
-    number: int, found: Overdue, thread: ScopeThread, identity: Identity
-) -> str | None:
-    """Say why nothing can be raised there; None: it can.
+class SoftEnding:
+    """The attempt to end a block from inside.
 
     Args:
-        number: the signal that makes the worker raise; 0: none.
+        start_helper: starts who sends the signal.
+        identity: the worker.
+        reader: its page.
         found: what is overdue.
         thread: whose block it is.
-        identity: the worker.
+        overdue: a fresh look whether the block has not ended.
+        note: told what was done, and what came of it.
     """
-    if not isinstance(found, Armed):
-        return "not possible: it is in no block"
-    if thread.native_id != identity.pid:
-        return "not possible: Python raises in the main thread alone"
+
+    def __init__(
+        self,
+        start_helper: StartHelper,
+        identity: Identity,
+        reader: PageReader,
+        found: Overdue,
+        thread: ScopeThread,
+        overdue: Callable[[], bool],
+        note: Callable[[str, str], None],
+    ) -> None:
+        self._start_helper = start_helper
+        self._identity = identity
+        self._reader = reader
+        self._found = found
+        self._thread = thread
+        self._overdue = overdue
+        self._note = note
+        self._noted = ""
+
+    def ask(self, within: float) -> Course:
+        """Ask, if need be again and again, and wait `within` seconds for the block's end."""
+        problem = self._why_not()
+        if problem is not None:
+            self._say(problem)
+            return
+        yield from self._send()
+        until = monotonic() + within
+        pause = _FIRST_PAUSE
+        while self._overdue() and monotonic() < until:
+            again = min(until, monotonic() + pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            while self._overdue() and monotonic() < again:
+                yield min(again, monotonic() + 0.02)
+            # It may have been at a place where nothing can be raised, or have masked the signal.
+            if self._overdue() and monotonic() < until and not self.was_raised():
+                yield from self._send()
+
+    def was_raised(self) -> bool:
+        """Tell whether it was raised in the block, which may have ended since."""
+        return isinstance(self._found, Armed) and self._reader.was_raised(self._found)
+
+    def _why_not(self) -> str | None:
+        if not isinstance(self._found, Armed):
+            return "not possible: it is in no block"
+        if self._thread.native_id != self._identity.pid:
+            return "not possible: Python raises in the main thread alone"
+        if self._reader.raise_signal() == 0:
+            return "not possible: the worker has no signal for it"
+        return None
+
+    def _send(self) -> Course:
+        reader, found = self._reader, self._found
+        number = reader.raise_signal()
+
+        def work() -> bytes:
+            return _send(self._identity, number, partial(reader.is_still, found)).encode()
+
+        try:
+            helper = self._start_helper(work, [self._identity.pidfd])
+        except OSError as error:
+            self._say(f"failed: no process can be started ({error.strerror})")
+            return
+        until = monotonic() + _ANSWER_WITHIN
+        while not helper.done and monotonic() < until:
+            yield until
+        helper.kill()
+        self._say("failed: no answer" if helper.result is None else helper.result.decode())
+
+    def _say(self, result: str) -> None:
+        if result != self._noted:
+            self._noted = result
+            self._note("raise", result)
+
+
+def _send(identity: Identity, number: int, is_overdue: Callable[[], bool]) -> str:
+    """Send a worker's main thread the signal at which it raises; say what came of it.
+
+    It reads /proc, which may block: see `helper`.
+    """
     if number == 0:
-        return "not possible: the worker has no signal for it"
-    return None
-
-
-def ask_to_raise(identity: Identity, number: int, is_overdue: Callable[[], bool]) -> str:
-    """Send a worker's main thread the signal at which it raises. May block: see `helper`.
-
-    Args:
-        identity: the worker.
-        number: the signal.
-        is_overdue: a fresh look whether the block has not ended.
-
-    Returns:
-        `ASKED`, or why not, in words.
-    """
+        return "failed: the worker has no signal for it any more"
     # A signal that nobody catches kills.
     tid, problem = who_takes(identity.pid, number, [identity.pid])
     if tid is None:
@@ -56,4 +125,4 @@ def ask_to_raise(identity: Identity, number: int, is_overdue: Callable[[], bool]
         linux.signal_thread(identity.pid, tid, number)
     except OSError as error:
         return f"failed: {error.strerror}"
-    return ASKED
+    return "asked"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Overdue = Callable[[float], "Iterable[Slot]"]
 """Given the time, finds the main thread's overdue blocks that are to be ended softly."""
 
+
 class _Handler:
     """The handler of this process; there is one, however many pages it has."""
 
