@@ -209,18 +209,20 @@ class Expiration:
         self._slot = _USED
         return road.exit
 
-    def __aenter__(self) -> Done:
-        return Done(self.__enter__())
-
     def _look_up_async_exit(self) -> Callable[..., Done]:
         return AsyncExit(self._look_up_exit())
 
     if TYPE_CHECKING:
 
         def __exit__(self, *exc_info: object) -> None: ...
-        def __aexit__(self, *exc_info: object) -> Done: ...
+        async def __aenter__(self) -> Expiration: ...
+        async def __aexit__(self, *exc_info: object) -> None: ...
     else:
         __exit__ = _ExitLookup(_look_up_exit)
+
+        def __aenter__(self) -> Done:
+            return Done(self.__enter__())
+
         __aexit__ = _AsyncExitLookup(_look_up_async_exit)
 
     def __call__(self, function: Function) -> Function:
