@@ -116,7 +116,7 @@ def outcome(
     watcher: RunningWatcher, script: str, **options: Any
 ) -> tuple[int, str, dict[str, Any]]:
     """Run a worker to its end; return its status, its output and the report of it."""
-    worker = watcher.python("-c", script, **options)
+    worker = watcher.python("-c", script)
     out, _ = worker.communicate(timeout=30)
     return worker.returncode, out, watcher.report(pid=worker.pid)
 

@@ -32,7 +32,7 @@ class TestDecorator:
         assert client.armed() == {}
         assert (work.__name__, work.__doc__) == ("work", "Work.")
         with pytest.raises(TypeError, match="missing"):
-            work()
+            work()  # type: ignore[call-arg]
         assert client.armed() == {}
 
     def test_of_methods(self, client: QuietClient) -> None:
