@@ -21,6 +21,8 @@ _log = logging.getLogger("hangwatch.evidence")
 def publish(report: Report, directory: str | None) -> None:
     """Log a report as one WARNING record and keep it in `directory`.
 
+    The record's attribute ``hangwatch`` has its `facts`, for handlers that want fields.
+
     Args:
         report: the report.
         directory: the report folder, made if need be; None keeps nothing. If it can't
@@ -36,7 +38,9 @@ def publish(report: Report, directory: str | None) -> None:
                 f"report: can't be written to {directory} ({error.strerror}); all of it is here\n"
             )
     text = writing.to_text(report, _MOST_THREADS_IN_LOG if place is not None else None)
-    _log.warning("%s", text + (problem if place is None else f"report:  {place}\n"))
+    text += problem if place is None else f"report:  {place}\n"
+    facts = writing.facts(report, None if place is None else str(place))
+    _log.warning("%s", text, extra={"hangwatch": facts})
 
 
 def _keep(report: Report, directory: Path) -> Path:

@@ -117,6 +117,22 @@ def to_text(report: Report, most_threads: int | None = None) -> str:
     return "\n".join(map(shown, lines)) + "\n"
 
 
+def facts(report: Report, place: str | None) -> dict[str, object]:
+    """Return what a structured log wants to know; `place` is the report's folder, if any."""
+    worker, scope = report.case.worker, report.case.scope
+    return {
+        "outcome": report.outcome.value,
+        "pid": worker.pid,
+        "labels": worker.labels,
+        "scope": scope.name,
+        "limit_s": scope.limit_s,
+        "inside_s": scope.inside_s,
+        "late_s": scope.late_s,
+        "thread": scope.thread.name,
+        "report": place,
+    }
+
+
 def to_json(report: Report) -> str:
     """Write a report for programs, as schema `SCHEMA`."""
     case = report.case

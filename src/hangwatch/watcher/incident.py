@@ -20,7 +20,7 @@ from typing import Protocol
 
 from hangwatch.evidence.gather import gather
 from hangwatch.evidence.model import Action, Case, Evidence, OtherWorker, Outcome, Report
-from hangwatch.evidence.report import headline
+from hangwatch.evidence.report import facts, headline
 from hangwatch.evidence.stacks import Asked
 from hangwatch.process import Identity
 from hangwatch.watcher.descendants import descendants_of
@@ -373,7 +373,8 @@ class Incident:
             self._start_reporter()
         reporter = self._reporter
         if reporter is None:
-            _log.warning("%s", headline(self._report(outcome)))
+            report = self._report(outcome)
+            _log.warning("%s", headline(report), extra={"hangwatch": facts(report, None)})
             self.told = True
             return
         self.publishing = True
