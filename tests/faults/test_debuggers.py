@@ -95,6 +95,7 @@ def test_a_successor_does_not_report_it_again(start_watcher: StartWatcher) -> No
     watcher = start_watcher()
     worker = at_prompt(watcher)
     watcher.report(pid=worker.pid)
+    time.sleep(0.5)  # the report is out a moment before the keeper knows of it
     before = watcher.pid
     os.kill(before, signal.SIGKILL)
     wait_until(lambda: watcher.pid != before, "a successor")
