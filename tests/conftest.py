@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 
 import hangwatch
-from hangwatch.worker import expiration
+from hangwatch.worker import expiration, roads
 from support.watchers import RunningWatcher
 
 # How long a draw takes says how busy the machine is, not how good the test is.
@@ -64,6 +64,6 @@ def no_address(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Leave no test the address, the client or the slots of another."""
     monkeypatch.delenv("HANGWATCH_ADDRESS", raising=False)
     yield
-    expiration._Configured.client = None
-    expiration._Configured.by_environment = True
+    roads.Configured.client = None
+    roads.Configured.by_environment = True
     expiration.forget_slots()

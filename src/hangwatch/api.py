@@ -12,7 +12,8 @@ import threading
 import time
 from collections.abc import Iterable
 
-from hangwatch.worker.expiration import Expiration, configure, expires, paused, watch
+from hangwatch.worker.declared import paused, watch
+from hangwatch.worker.expiration import Expiration, configure, expires
 
 __all__ = [
     "Expiration",

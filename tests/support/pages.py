@@ -11,7 +11,7 @@ import pytest
 
 from hangwatch import page
 from hangwatch.watcher.page_reader import PageReader
-from hangwatch.worker import expiration
+from hangwatch.worker import expiration, roads
 from hangwatch.worker.client import ADDRESS_VARIABLE, WorkerClient
 
 
@@ -47,7 +47,7 @@ def quiet_page(page_made: bool = True) -> Iterator[QuietClient]:
     before = os.environ.get(ADDRESS_VARIABLE)
     os.environ[ADDRESS_VARIABLE] = address
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(expiration, "client_at", lambda wanted: client)
+    monkeypatch.setattr(roads, "client_at", lambda wanted: client)
     expiration.forget_slots()
     try:
         yield client

@@ -65,13 +65,17 @@ def readings(pid: int) -> dict[int, Reading]:
 
 
 def stands_still(pid: int) -> bool:
-    """Tell whether, for 20 ms, no thread of a process gains CPU time or is switched."""
+    """Tell whether, for 20 ms, no thread of a process runs, gains CPU time or is switched.
+
+    One that could run and gets no CPU on a busy machine does not stand still.
+    """
     before = readings(pid)
     sleep(BETWEEN_READINGS_S)
     after = readings(pid)
     return (
         bool(before)
         and before.keys() == after.keys()
+        and all("R" not in (before[tid].state, after[tid].state) for tid in before)
         and all(
             (before[tid].cpu_s, before[tid].switches) == (after[tid].cpu_s, after[tid].switches)
             for tid in before

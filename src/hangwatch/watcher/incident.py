@@ -12,25 +12,21 @@ import logging
 import os
 import pickle
 import signal
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Generator
 from math import inf
 from time import monotonic
-from typing import Protocol
 
 from hangwatch.evidence.gather import gather
-from hangwatch.evidence.model import Action, Case, Evidence, OtherWorker, Outcome, Report
+from hangwatch.evidence.model import Action, Evidence, Outcome, Report
 from hangwatch.evidence.report import facts, headline
 from hangwatch.evidence.stacks import Asked
 from hangwatch.process import Identity
 from hangwatch.watcher.descendants import descendants_of
 from hangwatch.watcher.error_file import ErrorFile
-from hangwatch.watcher.helper import Helper
-from hangwatch.watcher.page_reader import Overdue
 from hangwatch.watcher.raising import SoftEnding
 from hangwatch.watcher.reporter import Reporter
-from hangwatch.watcher.settings import Ladder, OnExpiry, Settings, Wishes
-from hangwatch.watcher.watched import Watched
+from hangwatch.watcher.settings import OnExpiry
+from hangwatch.watcher.verdict import Surroundings, Verdict
 
 EVIDENCE_WITHIN = 2.0
 MOST_GATHERING = MOST_PUBLISHING = 4
@@ -43,58 +39,6 @@ _DEBUGGED_LOOK_AGAIN = 2.0
 _log = logging.getLogger("hangwatch.watcher")
 
 Course = Generator[float, None, None]
-
-
-class Surroundings(Protocol):
-    """What an incident needs of the watcher around it."""
-
-    settings: Settings
-
-    def look(self, worker: Watched, found: Overdue) -> str | None:
-        """Say what makes a verdict void by now; None: it still holds."""
-
-    def start_helper(
-        self, work: Callable[[], bytes], keep: list[int], outlives: bool = False
-    ) -> Helper:
-        """Run work in a process of its own."""
-
-    def gathering(self) -> int:
-        """Count the incidents whose evidence is being gathered."""
-
-    def publishing(self) -> int:
-        """Count the incidents whose report is being written."""
-
-    def paused(self) -> bool:
-        """Tell whether watching is paused."""
-
-    def spared(self, worker: Watched) -> set[int]:
-        """Return the processes that no kill of this worker may reach."""
-
-    def tell(self, event: str, verdict: Verdict, headline: str) -> None:
-        """Tell the program that launched the watcher."""
-
-    def others(self, worker: Watched) -> list[OtherWorker]:
-        """Say what the other workers are doing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """A block that overran: whose, which, when it was found (CLOCK_MONOTONIC), what is known.
-
-    Attributes:
-        ladder: what is to be done.
-        wishes: what the block asked for.
-        told: whether it was reported before, as one under a debugger.
-    """
-
-    worker: Watched
-    found: Overdue
-    at: float
-    case: Case
-    names: dict[int, str]
-    ladder: Ladder
-    wishes: Wishes
-    told: bool = False
 
 
 class Incident:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from hangwatch.watcher.events import Event
-from hangwatch.watcher.incident import Verdict
+from hangwatch.watcher.verdict import Verdict
 from hangwatch.watcher.watched import Watched
 
 

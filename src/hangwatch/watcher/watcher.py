@@ -23,7 +23,7 @@ from hangwatch.handover import Kept
 from hangwatch.watcher.case import case_of, doing_of
 from hangwatch.watcher.events import Events
 from hangwatch.watcher.helper import Helper
-from hangwatch.watcher.incident import Incident, Verdict
+from hangwatch.watcher.incident import Incident
 from hangwatch.watcher.keeper_link import PING_EVERY, KeeperLink
 from hangwatch.watcher.loop import READABLE, Loop, guarded
 from hangwatch.watcher.news import coming_or_going, of_incident
@@ -31,6 +31,7 @@ from hangwatch.watcher.page_reader import Armed, Overdue
 from hangwatch.watcher.reception import Reception
 from hangwatch.watcher.settings import Settings, Wishes
 from hangwatch.watcher.takeover import state_of, take_over
+from hangwatch.watcher.verdict import Verdict
 from hangwatch.watcher.visit import visit
 from hangwatch.watcher.watched import Watched
 from hangwatch.wire import Reply, encode_reply
@@ -211,8 +212,8 @@ class Watcher:
         else:
             worker.welcomed = True
             self._joined += 1
-            self._events.tell(coming_or_going("joined", worker))
             self.keeper.note(worker.number, state_of(worker))
+            self._events.tell(coming_or_going("joined", worker))
 
     def _drop(self, worker: Watched) -> None:
         """End the watch of a worker; an incident keeps its handles until it is over."""
@@ -357,7 +358,7 @@ class Watcher:
         for incident in self._incidents:
             incident.wake = 0.0
 
-    # -- what incidents need: incident.Surroundings
+    # -- what incidents need: verdict.Surroundings
 
     def look(self, worker: Watched, found: Overdue) -> str | None:
         """Say what makes a verdict void by now; None: it still holds."""

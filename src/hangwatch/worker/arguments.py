@@ -7,6 +7,7 @@ from math import inf
 from types import CodeType
 
 from hangwatch import page
+from hangwatch.worker.slots import Scope
 
 LAST_SIGNAL = 64
 """The kernel's, on every machine but MIPS; signal(7)."""
@@ -113,6 +114,25 @@ def checked_signal(number: object) -> int:
             "for no signal at all, on_expiry='report'"
         )
     return int(number)
+
+
+def scope_of(name: Hashable, code: CodeType | None, asked: Asked) -> Scope:
+    """Return a block's scope.
+
+    Args:
+        name: its name; or, where the caller gave none, the address of its instruction.
+        code: the caller's, in that case.
+        asked: what else the caller chose.
+
+    Raises:
+        ValueError, TypeError: one of these is none: the caller's fault.
+    """
+    flags, signal, grace = checked_choices(asked.on_expiry, asked.grace, asked.signal)
+    if asked.pauses:
+        flags |= page.PAUSES
+    if code is None:
+        return Scope(checked_scope(name), False, asked.client, flags, signal, grace)
+    return Scope(place(code, name), True, (code, asked.client), flags, signal, grace)
 
 
 def checked_scope(scope: Hashable) -> str:

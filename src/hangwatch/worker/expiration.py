@@ -11,50 +11,37 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Hashable
-from threading import get_ident
 from time import monotonic
 from types import CodeType
 
-from hangwatch import page
-from hangwatch.errors import HangwatchError, NotConfiguredError, UnsupportedError
+from hangwatch.errors import UnsupportedError
 from hangwatch.page import WATCH_UNTIL
 from hangwatch.worker.acquired import Holder, holder
 from hangwatch.worker.arguments import (
     NOTHING_ASKED,
     Asked,
     check_client,
-    checked_choices,
     checked_limit,
-    checked_scope,
-    place,
+    scope_of,
 )
 from hangwatch.worker.blocks import UNWATCHED, ContractBlock, NoThread, SlotTimer, cannot
-from hangwatch.worker.client import OFF, address_from_environment, client_at
-from hangwatch.worker.handle import AsyncExit, Done, not_open, open_timer
-from hangwatch.worker.slots import VOID_SLOT, Scope, Slot
+from hangwatch.worker.by_hand import ByHand, not_entered
+from hangwatch.worker.client import OFF
+from hangwatch.worker.handle import AsyncExit, Done, Handle, not_open, open_timer
+from hangwatch.worker.roads import Configured, find_road
+from hangwatch.worker.slots import VOID_SLOT, Slot
 from hangwatch.worker.tasks import Asyncio as _Asyncio
-from hangwatch.worker.tasks import current_task
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Iterable
     from typing import Any, TypeVar
 
     from hangwatch.api import TimerClient
-    from hangwatch.worker.blocks import Block, Road, Timer
-    from hangwatch.worker.iteration import Watched
+    from hangwatch.worker.blocks import Block, Timer
 
     Function = TypeVar("Function", bound=Callable[..., Any])
-    Item = TypeVar("Item")
 
 _getframe = sys._getframe
-
-
-class _Configured:
-    """Who watches when a block names no client. One object, replaced field by field."""
-
-    client: TimerClient | None = None
-    by_environment = True
 
 
 class _NoChoice:
@@ -107,8 +94,8 @@ def configure(timer_client: TimerClient | None) -> None:
     """
     if timer_client is not None:
         check_client(timer_client)
-    _Configured.client = timer_client
-    _Configured.by_environment = False
+    Configured.client = timer_client
+    Configured.by_environment = False
     forget_slots()
 
 
@@ -127,18 +114,7 @@ class _AsyncExitLookup(property):
         return Done(None)
 
 
-class _ByHand:
-    """In the place of a key: blocks that were entered by a call of ``__enter__``.
-
-    Until all of them are left, the next look at ``__exit__`` may mean to leave, not to enter.
-    """
-
-    def __init__(self, key: Hashable) -> None:
-        self.key = key
-        self.exits: list[tuple[int, int, Callable[..., None]]] = []
-
-
-class Expiration:
+class Expiration(Handle):
     """A block's timer: what `expires` returns.
 
     It is a context manager, an asynchronous one, and a decorator. One object may be entered
@@ -201,7 +177,7 @@ class Expiration:
         if unheld is not None:
             return unheld.exit
         key = self._key
-        if isinstance(key, _ByHand):
+        if isinstance(key, ByHand):
             return self._leave
         # Other threads may enter this object at the same time: the choice is this thread's.
         road = self._choose(key)
@@ -239,45 +215,6 @@ class Expiration:
 
         return decorate(function, self._again)
 
-    def renew(self, after: float | None = None) -> None:
-        """Give the open block another interval from now on: a heartbeat.
-
-        Args:
-            after: seconds of this interval; by default the block's own `after`.
-
-        Raises:
-            HangwatchError: the block is not open, or this thread is in none of several.
-            UnsupportedError: the block's client can't do that.
-            ValueError, TypeError: `after` is not a positive number.
-        """
-        limit = None if after is None else checked_limit(after)
-        if not self._timer().renew(limit):
-            raise not_open()
-
-    def cancel(self) -> None:
-        """Let the open block go on without a deadline; `renew` gives it one again.
-
-        Raises:
-            HangwatchError: the block is not open, or this thread is in none of several.
-            UnsupportedError: the block's client can't do that.
-        """
-        if not self._timer().cancel():
-            raise not_open()
-
-    def remaining(self) -> float:
-        """Return the seconds that the open block has left.
-
-        Negative once it has overrun, infinite without a deadline; it stands still while the
-        process is paused.
-
-        Raises:
-            HangwatchError: the block is not open, or this thread is in none of several.
-        """
-        left = self._timer().remaining()
-        if left is None:
-            raise not_open()
-        return left
-
     def _timer(self) -> Timer:
         try:
             slot = _local.slots.get(self._key)
@@ -295,7 +232,7 @@ class Expiration:
         found = open_timer(self, _local.all_slots(), opened)
         if found is not None:
             return found
-        road = self._find_road()[1]
+        road = find_road(getattr(self, "_asked", NOTHING_ASKED).client)[1]
         if road is not None and getattr(road, "address", None) == OFF:
             return UNWATCHED
         raise not_open()
@@ -306,7 +243,7 @@ class Expiration:
         block._after = self._after
         block._slot = _FRESH
         key = self._key
-        block._key = key.key if isinstance(key, _ByHand) else key
+        block._key = key.key if isinstance(key, ByHand) else key
         for name in ("_asked", "_code"):
             if hasattr(self, name):
                 setattr(block, name, getattr(self, name))
@@ -359,14 +296,8 @@ class Expiration:
         limit = checked_limit(self._after)
         asked = getattr(self, "_asked", NOTHING_ASKED)
         name = key[-1] if isinstance(key, tuple) else key
-        code = getattr(self, "_code", None)
-        chosen = checked_choices(asked.on_expiry, asked.grace, asked.signal)
-        flags = chosen[0] | (page.PAUSES if asked.pauses else 0)
-        if code is None:
-            scope = Scope(checked_scope(name), False, asked.client, flags, *chosen[1:])
-        else:
-            scope = Scope(place(code, name), True, (code, asked.client), flags, *chosen[1:])
-        client, road = self._find_road()
+        scope = scope_of(name, getattr(self, "_code", None), asked)
+        client, road = find_road(asked.client)
         if road is None:
             if asked.is_more_than_a_client:
                 raise cannot(client, "pause, nor take on_expiry, grace or signal")
@@ -383,31 +314,12 @@ class Expiration:
             _local.slots[key] = claimed
         return claimed
 
-    def _find_road(self) -> tuple[Any, Road | None]:
-        """Return the block's client, and where its blocks are armed; None: as it says."""
-        client = getattr(self, "_asked", NOTHING_ASKED).client
-        if client is not None:
-            check_client(client)
-        else:
-            client = _Configured.client
-        if client is None:
-            if not _Configured.by_environment:
-                raise NotConfiguredError(
-                    "configure(None) left no client: call configure(client), "
-                    "or give expires(..., client=...)"
-                )
-            return None, client_at(address_from_environment())
-        # Not of the instance: a mock has every attribute that it is asked for.
-        find_road = getattr(type(client), "_road", None)
-        return client, None if find_road is None else find_road(client)
-
     def _enter_by_hand(self) -> Slot:
         by_hand = self._key
-        if not isinstance(by_hand, _ByHand):
-            by_hand = _ByHand(by_hand)
+        if not isinstance(by_hand, ByHand):
+            by_hand = ByHand(by_hand)
         chosen = self._choose(by_hand.key)
-        left = get_ident(), current_task(), chosen.exit
-        by_hand.exits.append(left)
+        note = by_hand.note(chosen.exit)
         self._key = by_hand
         try:
             if isinstance(chosen, Slot):
@@ -420,7 +332,7 @@ class Expiration:
         except BaseException:
             if isinstance(chosen, Slot):
                 chosen.exit(None, None, None)
-            by_hand.exits.remove(left)
+            by_hand.forget(note)
             raise
         return VOID_SLOT
 
@@ -430,18 +342,12 @@ class Expiration:
             unheld.exit(*exc_info)
             return
         by_hand = self._key
-        if isinstance(by_hand, _ByHand):
-            here = get_ident(), current_task()
-            for left in reversed(by_hand.exits):
-                if left[:2] == here:
-                    by_hand.exits.remove(left)
-                    if not by_hand.exits:
-                        self._key = by_hand.key
-                    left[2](*exc_info)
-                    return
-        raise HangwatchError(
-            "this thread leaves a block that it has not entered: pair __exit__ with __enter__"
-        )
+        if not isinstance(by_hand, ByHand):
+            raise not_entered()
+        end = by_hand.take()
+        if not by_hand.exits:
+            self._key = by_hand.key
+        end(*exc_info)
 
 
 def expires(
@@ -497,72 +403,6 @@ def expires(
         block._asked = asked = Asked(client, on_expiry, grace, signal)
         block._key = *asked.key, block._key
     return block
-
-
-def paused(reason: str, after: float, client: TimerClient | None = None) -> Expiration:
-    """Declare a block that suspends this process's other timers, and their clocks.
-
-    When it ends, every open block goes on with the time that was left to it. Pauses may be
-    nested, and overlap in several threads: the timers go on when the last one ends.
-
-    Args:
-        reason: the pause's name in reports.
-        after: seconds that the pause may take: nothing is switched off for ever. A pause that
-            overruns is judged as any block.
-        client: whose timers, if not those of the one that `configure` set or the environment's
-            ``HANGWATCH_ADDRESS`` names.
-
-    Returns:
-        The context manager, and decorator. What is wrong with the arguments it says on entering:
-
-    Raises:
-        ValueError, TypeError, NotConfiguredError: as `expires`.
-        UnsupportedError: the client knows no more than to acquire and release.
-    """
-    block = expires(after, reason)
-    block._asked = asked = Asked(client, pauses=True)
-    block._key = *asked.key, reason
-    return block
-
-
-def watch(
-    iterable: Iterable[Item] | AsyncIterable[Item],
-    after: float,
-    scope: str | None = None,
-    client: TimerClient | None = None,
-    on_expiry: str | None = None,
-    grace: float | None = None,
-    signal: int | None = None,
-) -> Watched[Item]:
-    """Iterate over what may hang while it gets the next item, a data loader for example.
-
-    The timer runs while the iterator is at work on its next item, never in the loop's body.
-
-    Args:
-        iterable: what to iterate over, with ``for`` or ``async for``.
-        after: seconds that each next item may take.
-        scope: the name in reports; ``<file>#<line>`` of the caller by default.
-        client: see `expires`, as for the rest.
-        on_expiry: what an overrun leads to.
-        grace: seconds from the first step against the worker to SIGKILL.
-        signal: number of the signal that is sent first.
-
-    Returns:
-        An iterable, as long as `iterable`.
-
-    Raises:
-        TypeError: `iterable` is none.
-    """
-    from hangwatch.worker.iteration import Watched
-
-    block = expires(after, scope, client, on_expiry, grace, signal)
-    if scope is None:
-        frame = _getframe(1)
-        block._code = frame.f_code
-        where = id(frame.f_code) + frame.f_lasti
-        key = block._key
-        block._key = (*key[:-1], where) if isinstance(key, tuple) else where
-    return Watched(iterable, block._again)
 
 
 # A thread's look-up table is only a cache; scopes that never come again must not fill it.

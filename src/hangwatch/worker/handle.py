@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterable
 
 from hangwatch.errors import HangwatchError
 from hangwatch.worker.acquired import Holder, holder
+from hangwatch.worker.arguments import checked_limit
 from hangwatch.worker.blocks import SlotTimer
 from hangwatch.worker.client import all_slots
 from hangwatch.worker.slots import Slot
@@ -14,6 +15,54 @@ from hangwatch.worker.tasks import current_task
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
     from hangwatch.worker.blocks import Timer
+
+
+class Handle:
+    """What the holder of an open block can do about its timer."""
+
+    __slots__ = ()
+
+    def _timer(self) -> Timer:
+        raise NotImplementedError
+
+    def renew(self, after: float | None = None) -> None:
+        """Give the open block another interval from now on: a heartbeat.
+
+        Args:
+            after: seconds of this interval; by default the block's own `after`.
+
+        Raises:
+            HangwatchError: the block is not open, or this thread is in none of several.
+            UnsupportedError: the block's client can't do that.
+            ValueError, TypeError: `after` is not a positive number.
+        """
+        limit = None if after is None else checked_limit(after)
+        if not self._timer().renew(limit):
+            raise not_open()
+
+    def cancel(self) -> None:
+        """Let the open block go on without a deadline; `renew` gives it one again.
+
+        Raises:
+            HangwatchError: the block is not open, or this thread is in none of several.
+            UnsupportedError: the block's client can't do that.
+        """
+        if not self._timer().cancel():
+            raise not_open()
+
+    def remaining(self) -> float:
+        """Return the seconds that the open block has left.
+
+        Negative once it has overrun, infinite without a deadline; it stands still while the
+        process is paused.
+
+        Raises:
+            HangwatchError: the block is not open, or this thread is in none of several.
+        """
+        left = self._timer().remaining()
+        if left is None:
+            raise not_open()
+        return left
 
 
 class Done:
