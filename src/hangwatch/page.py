@@ -23,7 +23,8 @@ Layout (native byte order, one memfd of `PAGE_BYTES`):
         80  f64 entry of which the next two speak
         88  f64 when the block was entered, f64 limit of its present interval
         104 f64 entry that was ended by an exception of ours, the last one
-        112 24s the thread's name     136 184s the scope      (UTF-8, padded with NUL)
+        112 f64 entry that is in an asyncio task, the last one
+        120 24s the thread's name     144 176s the scope      (UTF-8, padded with NUL)
 
 A block that was never renewed was entered at its deadline minus its limit.
 
@@ -65,6 +66,7 @@ RENEWED_ENTRY = 10
 ENTERED = 11
 RENEWED_LIMIT = 12
 RAISED_ENTRY = 13
+TASK_ENTRY = 14
 
 _HEADER = struct.Struct("=8sQ")
 _DETAILS = struct.Struct("=dQQIi")
@@ -73,8 +75,8 @@ _ENCLOSING = struct.Struct("=Qd")
 _ENCLOSING_AT = 56
 _GRACE = struct.Struct("=d")
 _GRACE_AT = 72
-_THREAD_AT, _THREAD_BYTES = 112, 24
-_SCOPE_AT, _SCOPE_BYTES = 136, 184
+_THREAD_AT, _THREAD_BYTES = 120, 24
+_SCOPE_AT, _SCOPE_BYTES = 144, 176
 _CUT = "…"
 
 NEVER = 2.0**62
@@ -112,7 +114,7 @@ class SlotDetails:
         native_id: its kernel thread id.
         flags: what an overrun leads to (`on_expiry`), and `PAUSES`.
         signal: what an overrun sends first, `NEVER_KILL`, or 0 for the server's choice.
-        grace: seconds from the first step to SIGKILL, `NO_GRACE`, or 0.0 for the server's.
+        grace: seconds that each step before SIGKILL has, `NO_GRACE`, or 0.0 for the server's.
         thread_name: Python's name of the thread, perhaps cut.
         scope: the block's name, perhaps cut.
     """

@@ -183,7 +183,7 @@ def serve(
             ``on_expiry``: of blocks that don't say: ``"reap"`` kills the worker, ``"raise"``
             raises `TimerExpired` in the block first, ``"report"`` leaves the worker alone.
             ``force``: whether that overrides what blocks say.
-            ``grace``: seconds from the first step against a worker to SIGKILL; 0: SIGKILL at
+            ``grace``: seconds that a worker has after each step before SIGKILL; 0: SIGKILL at
             once.
             ``signal``: number of the signal that is sent first; by default SIGTERM if there
             is a grace.

@@ -7,8 +7,9 @@ sends one byte, `connection.RING`, whenever the watcher should look at its page.
 Layout of a hello: {"hangwatch": 1, "page_fd": int, "monotonic": float,
 "fenced": bool, "labels": {str: str}, "command": [str, ...], "python": str,
 "stacks": null or {"fd": int, "own": int, "all": int}, "error_file": null or str,
-"main_ident": int}.
-Layout of a reply: {"hangwatch": 1, "welcome": bool, "reason": str, "on_expiry": str}.
+"pid": int, "main_ident": int}.
+Layout of a reply: {"hangwatch": 1, "welcome": bool, "reason": str, "on_expiry": str,
+"forced": bool}.
 Unknown keys are ignored, so that a later version can add some.
 """
 
@@ -57,6 +58,7 @@ class Hello:
         stacks: its stack channel, or None where it has none.
         error_file: absolute path of the file in which its launcher looks for the reason of
             its end, or None.
+        pid: what it takes for its process id: another in a pid namespace of its own; 0: unknown.
         main_ident: `threading.get_ident()` of its main thread; 0: unknown.
     """
 
@@ -68,6 +70,7 @@ class Hello:
     python: str
     stacks: StackChannel | None
     error_file: str | None = None
+    pid: int = 0
     main_ident: int = 0
 
 
@@ -78,10 +81,12 @@ class Reply:
     Attributes:
         reason: why the worker is not welcome; None: it is.
         on_expiry: what an overrun leads to if the block chose nothing.
+        forced: whether it does so whatever the block chose.
     """
 
     reason: str | None
     on_expiry: str = ""
+    forced: bool = False
 
 
 def encode_hello(hello: Hello) -> bytes:
@@ -103,6 +108,7 @@ def encode_hello(hello: Hello) -> bytes:
                 "python": hello.python,
                 "stacks": stacks and {"fd": stacks.fd, "own": stacks.own, "all": stacks.all},
                 "error_file": error_file,
+                "pid": hello.pid,
                 "main_ident": hello.main_ident,
             }
         ).encode("ascii")
@@ -139,6 +145,7 @@ def decode_hello(message: bytes) -> Hello:
             if not isinstance(stacks, dict)
             else StackChannel(*(_number(stacks[key]) for key in ("fd", "own", "all"))),
             error_file=error_file,
+            pid=_number(fields.get("pid", 0)),
             main_ident=_ident(fields.get("main_ident", 0)),
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -156,6 +163,7 @@ def encode_reply(reply: Reply) -> bytes:
             "welcome": reply.reason is None,
             "reason": (reply.reason or "")[:1024],
             "on_expiry": reply.on_expiry,
+            "forced": reply.forced,
         }
     ).encode("ascii")
 
@@ -169,7 +177,9 @@ def decode_reply(message: bytes) -> Reply:
     fields = _decode(message, "watcher")
     welcome = fields.get("welcome") is True
     return Reply(
-        None if welcome else str(fields.get("reason", "")), str(fields.get("on_expiry", ""))
+        None if welcome else str(fields.get("reason", "")),
+        str(fields.get("on_expiry", "")),
+        fields.get("forced") is True,
     )
 
 

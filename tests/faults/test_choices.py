@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 
 import hangwatch
 from conftest import StartWatcher
+from support import namespaces
 from support.processes import is_alive
 from support.watchers import RunningWatcher, wait_until
 
@@ -64,8 +67,6 @@ def test_a_server_that_forces_report_never_kills(start_watcher: StartWatcher, bl
 
 
 def test_run_with_on_expiry_report_never_kills(tmp_path: Path) -> None:
-    import subprocess
-
     result = subprocess.run(
         [
             *(sys.executable, "-m", "hangwatch", "run"),
@@ -230,7 +231,7 @@ with hangwatch.expires(60, "shortened") as timer:
     assert reports[0]["scope"]["late_s"] < 0.5, "a nearer deadline rings"
 
 
-def test_a_late_finisher_is_called_slow(start_watcher: StartWatcher) -> None:
+def test_who_leaves_its_block_after_the_first_step_has_recovered(start_watcher: StartWatcher) -> None:
     watcher = start_watcher(grace=0.5)
     worker = watcher.python(
         "-c",
@@ -248,7 +249,7 @@ time.sleep(2)
     assert worker.returncode == 0
     report = watcher.report(pid=worker.pid)
     assert report["outcome"] == "recovered"
-    assert "slow, not hung: the block has ended, at most" in report["headline"]
+    assert "; after SIGTERM: the block has ended, at most" in report["headline"]
 
 
 TREE = """
@@ -276,8 +277,6 @@ def test_descendants_are_found_before_the_first_step(watcher: RunningWatcher) ->
 
 
 def test_run_takes_signal_names(tmp_path: Path) -> None:
-    import subprocess
-
     def run(*options: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [
@@ -295,3 +294,48 @@ def test_run_takes_signal_names(tmp_path: Path) -> None:
     assert run("--signal", "SIGNONE").returncode == 125
     assert "is no signal's name or number" in run("--signal", "0").stderr
     assert os.listdir(tmp_path)
+
+
+def test_a_signal_without_any_grace(watcher: RunningWatcher) -> None:
+    began = time.monotonic()
+    assert hang(watcher, signal=int(signal.SIGCONT), grace=0)[0] == -9
+    assert time.monotonic() - began < 4.5, "the usual grace, 5 s, is not waited for"
+
+
+def test_who_ends_late_and_exits_is_slow_and_did_not_die(start_watcher: StartWatcher) -> None:
+    """Blocks that end around their verdict, and the program right after."""
+    watcher = start_watcher()
+    script = """
+import os, sys, time, hangwatch
+with hangwatch.expires(0.3, "last"): time.sleep(0.3 + float(sys.argv[1]))
+os._exit(0)
+"""
+    statuses = {}
+    for late in (0.004, 0.008, 0.015, 0.03, 0.06):
+        worker = watcher.python("-c", script, str(late))
+        worker.communicate(timeout=30)
+        statuses[worker.pid] = worker.returncode
+    watcher.server.stop()
+    found = {report["worker"]["pid"]: report["outcome"] for report in watcher.reports()}
+    assert "recovered" in found.values()
+    assert "; slow, not hung: the block has ended, at most" in str(watcher.reports())
+    for pid, outcome in found.items():
+        assert outcome == ("recovered" if statuses[pid] == 0 else "reaped")
+
+
+def test_in_a_pid_namespace_of_its_own_the_main_thread_is_known(watcher: RunningWatcher) -> None:
+    prefix = namespaces.prefix()
+    if prefix is None:
+        pytest.skip("no pid namespaces: neither root nor user namespaces")
+    script = """
+import time, hangwatch
+time.sleep(0.1)
+try:
+    with hangwatch.expires(0.4, "inside", on_expiry="raise", grace=20): time.sleep(1000)
+except hangwatch.TimerExpired: print("raised")
+"""
+    command = [*prefix, sys.executable, "-c", script]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=watcher.environment()
+    )
+    assert (result.returncode, result.stdout) == (0, "raised\n"), result.stderr

@@ -93,6 +93,20 @@ def test_a_watcher_that_was_replaced(heard: Heard) -> None:
     assert heard.events[1]["workers"] == 1
 
 
+def test_who_left_while_nobody_watched(heard: Heard) -> None:
+    script = "import hangwatch, sys\nwith hangwatch.expires(60): sys.stdin.read()"
+    worker = heard.watcher.python("-c", script, stdin=subprocess.PIPE)
+    wait_until(lambda: "joined" in heard.kinds(), "the worker")
+    watcher = heard.watcher.pid
+    os.kill(watcher, signal.SIGSTOP)
+    worker.kill()
+    worker.communicate()
+    os.kill(watcher, signal.SIGKILL)
+    wait_until(lambda: "restarted" in heard.kinds(), "the event")
+    assert heard.kinds() == ["joined", "left", "restarted"]
+    assert (heard.events[1]["pid"], heard.events[2]["workers"]) == (worker.pid, 0)
+
+
 def test_a_watcher_that_did_not_run(heard: Heard) -> None:
     watcher, keeper = heard.watcher.pid, heard.watcher.keeper_pid
     # Both, or the keeper would replace it.

@@ -211,6 +211,121 @@ except hangwatch.TimerExpired as expired:
     assert (status, out) == (0, "through the inner one: outer\ncaught: outer\n")
 
 
+C_BELOW_OUR_FRAMES = {
+    "a step of an iteration": """
+read_end, write_end = os.pipe()
+for line in hangwatch.watch(os.fdopen(read_end), 0.3, on_expiry="raise", grace=20): pass
+""",
+    "a decorated function": """
+hangwatch.expires(0.3, on_expiry="raise", grace=20)(time.sleep)(1000)
+""",
+    "a decorated generator": """
+@hangwatch.expires(0.3, on_expiry="raise", grace=20)
+def generate(): yield from map(time.sleep, [1000])
+list(generate())
+""",
+    "a pause": """
+with hangwatch.expires(60), hangwatch.paused("pause", 0.3): time.sleep(1000)
+""",
+}
+
+
+@pytest.mark.parametrize("body", C_BELOW_OUR_FRAMES.values(), ids=C_BELOW_OUR_FRAMES.keys())
+def test_every_form_is_ended_softly(start_watcher: StartWatcher, body: str) -> None:
+    watcher = start_watcher(on_expiry="raise", grace=20)
+    indented = body.replace("\n", "\n    ")
+    script = f"""
+import os, time, hangwatch
+try:
+    {indented}
+except hangwatch.TimerExpired: print("raised")
+"""
+    status, out, report = outcome(watcher, script)
+    assert (status, out, report["outcome"]) == (0, "raised\n", "raised")
+
+
+def test_who_catches_it_and_goes_on_within_the_block_was_not_ended(
+    watcher: RunningWatcher,
+) -> None:
+    status, out, report = outcome(
+        watcher,
+        """
+import time, hangwatch
+with hangwatch.expires(0.3, "goes on", on_expiry="raise", grace=20) as timer:
+    try: time.sleep(1000)
+    except hangwatch.TimerExpired: timer.renew(60)
+    time.sleep(0.5)
+print("ended by itself")
+""",
+    )
+    assert (status, out, report["outcome"]) == (0, "ended by itself\n", "recovered")
+    assert actions(report)[-1] == "look: the block has got more time"
+
+
+def test_it_may_be_raised_again_for_another_interval(watcher: RunningWatcher) -> None:
+    worker = watcher.python(
+        "-c",
+        """
+import time, hangwatch
+with hangwatch.expires(0.3, "twice", on_expiry="raise", grace=20) as timer:
+    for _ in range(2):
+        try: time.sleep(1000)
+        except hangwatch.TimerExpired as expired: print(expired.limit); timer.renew(0.5)
+    timer.cancel()
+""",
+    )
+    out, _ = worker.communicate(timeout=30)
+    assert worker.returncode == 0
+    first, second = map(float, out.split())
+    assert (first, round(second, 6)) == (0.3, 0.5)
+
+
+@pytest.mark.parametrize("choice", ["reap", "report"])
+def test_a_server_may_force_it(start_watcher: StartWatcher, choice: str) -> None:
+    watcher = start_watcher(on_expiry="raise", force=True, grace=20)
+    status, out, report = outcome(
+        watcher,
+        f"""
+import time, hangwatch
+try:
+    with hangwatch.expires(0.3, "forced", on_expiry={choice!r}): time.sleep(1000)
+except hangwatch.TimerExpired: print("raised")
+""",
+    )
+    assert (status, out, report["outcome"]) == (0, "raised\n", "raised")
+
+
+LATER_IMPORT = """
+import sys, time, hangwatch
+def work(seconds=0):
+    with hangwatch.expires(0.3, "work"{asked}): time.sleep(seconds)
+work()
+import asyncio
+async def task():
+    try: work(1000)
+    except hangwatch.UnsupportedError: print("refused")
+asyncio.run(task())
+"""
+
+
+def test_a_task_is_known_also_if_asyncio_is_imported_late(start_watcher: StartWatcher) -> None:
+    watcher = start_watcher(grace=20)
+    worker = watcher.python("-c", LATER_IMPORT.format(asked=", on_expiry='raise'"))
+    out, _ = worker.communicate(timeout=30)
+    assert (worker.returncode, out) == (0, "refused\n")
+
+
+def test_if_it_is_the_server_s_default_tasks_are_reaped_at_once(
+    start_watcher: StartWatcher,
+) -> None:
+    watcher = start_watcher(on_expiry="raise")
+    status, out, report = outcome(watcher, LATER_IMPORT.format(asked=""))
+    assert (status, out) == (-9, "")
+    first, second, _ = report["actions"]
+    assert first["result"].startswith("not possible: it would hit whichever asyncio task runs")
+    assert second["at_s"] - first["at_s"] < 3, "its grace is not waited for"
+
+
 OTHERS_DEFAULT = """
 import sys, threading, time, hangwatch
 def hang():

@@ -13,7 +13,8 @@ _UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 
 
 @functools.cache
-def _prefix() -> list[str] | None:
+def prefix() -> list[str] | None:
+    """Return what a command in a new pid namespace begins with; None: it can't be had."""
     for more in ([], ["--user", "--map-root-user"]):
         command = [*_UNSHARE, *more]
         try:
@@ -29,13 +30,13 @@ def run_alone(script: str, *arguments: str) -> str:
 
     The script finds the tests' `support` package, and fails the test by its traceback.
     """
-    prefix = _prefix()
-    if prefix is None:
+    command = prefix()
+    if command is None:
         pytest.skip("no pid namespaces: neither root nor user namespaces")
     path = [entry for entry in sys.path if entry.endswith("tests")]
     program = f"import sys; sys.path[:0] = {path!r}\n{script}"
     result = subprocess.run(
-        [*prefix, sys.executable, "-c", program, *arguments],
+        [*command, sys.executable, "-c", program, *arguments],
         capture_output=True,
         text=True,
         check=False,

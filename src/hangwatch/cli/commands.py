@@ -69,7 +69,7 @@ def _expiry_options(command: _F) -> _F:
             type=_Seconds(),
             default=0.0,
             show_default=True,
-            help="Seconds from the first step against a worker to SIGKILL; 0: SIGKILL at once.",
+            help="Seconds after each step before SIGKILL (SIGTERM); 0: SIGKILL at once.",
         ),
         click.option(
             "--signal",

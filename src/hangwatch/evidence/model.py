@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 SCHEMA = "hangwatch.report/1"
+GAP = "<gap>"
+"""The name of what a worker overruns that stays outside of every block."""
 
 
 class Outcome(StrEnum):

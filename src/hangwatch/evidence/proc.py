@@ -100,9 +100,10 @@ def signal_masks(pid: int, tid: int) -> SignalMasks | None:
 
 def tracer(pid: int) -> int:
     """Return the process that traces a process, a debugger or strace; 0: none. ptrace(2)."""
-    for line in (_read(f"/proc/{pid}/status") or "").splitlines():
-        if line.startswith("TracerPid:"):
-            return int(line.split()[1])
+    for tid in task_ids(pid):
+        for line in (_read(f"/proc/{pid}/task/{tid}/status") or "").splitlines():
+            if line.startswith("TracerPid:") and (found := int(line.split()[1])):
+                return found
     return 0
 
 

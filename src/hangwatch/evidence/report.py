@@ -6,11 +6,11 @@ import json
 from dataclasses import asdict
 from datetime import UTC, datetime
 
-from hangwatch.evidence.model import SCHEMA, Case, Outcome, Report, ThreadStack
+from hangwatch.evidence.model import GAP, SCHEMA, Case, Outcome, Report, ThreadStack
 
 _ENDINGS = {
     Outcome.REAPED: "killed, its death confirmed {last}",
-    Outcome.RECOVERED: "slow, not hung: {result}, at most {late} late; left alone",
+    Outcome.RECOVERED: "{how}: {result}, at most {late} late; left alone",
     Outcome.RAISED: "TimerExpired was raised there, and has ended the block {last}",
     Outcome.REPORTED: "reported only, left alone",
     Outcome.GONE: "it died otherwise {last}",
@@ -31,7 +31,9 @@ def headline(report: Report) -> str:
     last = f"{at * 1000:.0f} ms after the verdict" if report.actions else ""
     late = f"{(report.case.scope.late_s + at) * 1000:.0f} ms"
     result = report.actions[-1].result if report.actions else ""
-    ending = _ENDINGS[report.outcome].format(last=last, late=late, result=result)
+    steps = [action.action for action in report.actions[:-1] if action.result == "sent"]
+    how = f"after {steps[0]}" if steps else "slow, not hung"
+    ending = _ENDINGS[report.outcome].format(last=last, late=late, result=result, how=how)
     ending = ending.replace("  ", " ").replace(" ;", ";")
     return f"{overrun(report.case)}; {shown(ending.strip())}"
 
@@ -39,7 +41,8 @@ def headline(report: Report) -> str:
 def overrun(case: Case) -> str:
     """Say in one line who hung, where, for how long, against what limit."""
     scope = case.scope
-    inside = f"{scope.inside_s:.3f} s inside"
+    where = "outside of every block" if scope.name == GAP else "inside"
+    inside = f"{scope.inside_s:.3f} s {where}"
     if scope.since_renewal_s is not None:
         inside = f"{scope.since_renewal_s:.3f} s since it was renewed, {inside}"
     return shown(

@@ -7,12 +7,9 @@ from time import monotonic
 
 from hangwatch import page
 from hangwatch.evidence import proc
-from hangwatch.evidence.model import Case, OpenScope, OtherWorker, Scope, ScopeThread, Worker
+from hangwatch.evidence.model import GAP, Case, OpenScope, OtherWorker, Scope, ScopeThread, Worker
 from hangwatch.watcher.page_reader import Armed, Overdue, PageReader, Standstill
 from hangwatch.watcher.watched import Watched
-
-GAP = "<gap>"
-"""The name of what a worker overruns that stays outside of every block."""
 
 
 def case_of(worker: Watched, found: Overdue, at: float) -> Case | None:
@@ -53,7 +50,7 @@ def _scope(worker: Watched, slot: Armed, at: float) -> Scope:
         inside_s=spent.inside,
         late_s=at - slot.deadline,
         entry=page.times_entered(slot.entry),
-        thread=ScopeThread(details.ident, details.native_id, details.thread_name),
+        thread=ScopeThread(details.ident, worker.thread_id(details.native_id), details.thread_name),
         enclosing=[outer.scope for outer in enclosing],
         within=[inner.scope for inner in worker.reader.within(slot)],
         since_renewal_s=spent.since_renewal,

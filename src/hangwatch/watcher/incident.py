@@ -23,6 +23,7 @@ from hangwatch.evidence.stacks import Asked
 from hangwatch.process import Identity
 from hangwatch.watcher.descendants import descendants_of
 from hangwatch.watcher.error_file import ErrorFile
+from hangwatch.watcher.page_reader import ENDED
 from hangwatch.watcher.raising import SoftEnding
 from hangwatch.watcher.reporter import Reporter
 from hangwatch.watcher.settings import OnExpiry
@@ -209,10 +210,10 @@ class Incident:
             overdue=self._overdue,
             note=self._note,
         )
-        yield from ending.ask(verdict.ladder.grace)
+        yield from ending.ask(verdict.ladder.soft_grace)
         # Of a process that has died since its page is still there.
-        if ending.was_raised() and not self._overdue():
-            self._note("look", "the block has ended")
+        if ending.was_raised() and self._around.look(worker, verdict.found) == ENDED:
+            self._note("look", ENDED)
             return Outcome.RAISED
         return self._nothing_to_do()
 
@@ -239,6 +240,10 @@ class Incident:
         """Look before a step: what makes it needless or unsafe, or None."""
         worker = self.verdict.worker
         if worker.identity.is_dead():
+            ended = self._around.look(worker, self.verdict.found) == ENDED
+            if ended and not self._signalled:  # before the process did
+                self._note("look", ENDED)
+                return Outcome.RECOVERED
             self._note("look", "it is dead")
             return Outcome.REAPED if self._signalled else Outcome.GONE
         ours = worker.is_ours(self.verdict.case.scope.thread.native_id)
@@ -269,6 +274,8 @@ class Incident:
         until = monotonic() + within
         while not worker.identity.is_dead():
             if monotonic() >= until:
+                if number == signal.SIGKILL:
+                    self._note("confirm", f"it is not dead after {within:g} s")
                 return None
             yield min(until, monotonic() + 0.05)
         self._note("confirm", "it is dead")

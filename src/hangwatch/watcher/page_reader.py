@@ -17,6 +17,7 @@ _LAST_SIGNAL = int(signal.SIGRTMAX)
 # A worker that asks for more is never ended by a watcher that is older than that.
 LONGEST_GRACE = 86400.0
 _MOST_WITHIN = 32
+ENDED = "the block has ended"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,7 @@ class PageReader:
                 return "it has entered a block"
             return None
         if not self._is_open(found.index, found.entry) or not self._enclosed_well(found):
-            return "the block has ended"
+            return ENDED
         if not self._is_open(found.index, found.entry, found.deadline):
             return "the block has got more time"
         if not self.pauses(found) and self.is_paused():
@@ -216,6 +217,11 @@ class PageReader:
         """Return the signal that makes the main thread raise; 0: none."""
         number = self._words[page.RAISE_SIGNAL]
         return int(number) if 0 < number <= _LAST_SIGNAL else 0
+
+    def is_in_task(self, slot: Armed) -> bool:
+        """Tell whether a block is in an asyncio task."""
+        at = page.deadline_word(slot.index)
+        return bool(self._words[at + page.TASK_ENTRY] == slot.entry)
 
     def was_raised(self, slot: Armed) -> bool:
         """Tell whether `TimerExpired` was raised in a block."""

@@ -78,6 +78,8 @@ class SoftEnding:
             return "not possible: it is in no block"
         if self._thread.native_id != self._identity.pid:
             return "not possible: Python raises in the main thread alone"
+        if self._reader.is_in_task(self._found):
+            return "not possible: it would hit whichever asyncio task runs at that moment"
         if self._reader.raise_signal() == 0:
             return "not possible: the worker has no signal for it"
         return None

@@ -9,7 +9,7 @@ from enum import StrEnum
 from hangwatch import page
 
 SIGNAL_GRACE = 5.0
-"""Seconds between a first step other than SIGKILL and the next one, if no grace was set."""
+"""Seconds between a step other than SIGKILL and the next one, if no grace was set."""
 
 
 class OnExpiry(StrEnum):
@@ -30,7 +30,7 @@ class Wishes:
     Attributes:
         on_expiry: what an overrun leads to; None: as the watcher says.
         signal: what is sent first, `page.NEVER_KILL`, or 0: as the watcher says.
-        grace: seconds from the first step to SIGKILL; None: as the watcher says.
+        grace: seconds that each step before SIGKILL has; None: as the watcher says.
     """
 
     on_expiry: OnExpiry | None = None
@@ -45,12 +45,14 @@ class Ladder:
     Attributes:
         on_expiry: where it leads.
         first: the signal that is sent first.
-        grace: seconds that each step before SIGKILL has.
+        grace: seconds that a first signal has before SIGKILL.
+        soft_grace: seconds that `TimerExpired` has before the first signal.
     """
 
     on_expiry: OnExpiry
     first: int
     grace: float
+    soft_grace: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class Settings:
         on_expiry: what happens to a worker whose block overran, if the block doesn't say.
         force: whether that overrides what blocks say.
         signal: what is sent first; 0: SIGTERM if there is a grace, else SIGKILL.
-        grace: seconds from the first step to SIGKILL; 0: SIGKILL at once.
+        grace: seconds that each step before SIGKILL has; 0: SIGKILL at once.
         tree: whether the worker's descendants are killed with it.
         gap: seconds that a worker may stay outside of every block; 0: for ever.
         stacks: whether a worker is asked for its Python stacks.
@@ -92,4 +94,6 @@ class Settings:
             on_expiry = wishes.on_expiry
         if wishes.signal == page.NEVER_KILL or pid == self.spared_pid:
             on_expiry = OnExpiry.REPORT
-        return Ladder(on_expiry, first, grace or SIGNAL_GRACE)
+        # Who asks for a signal and for no grace gets none; who says nothing of it, a usual one.
+        signal_grace = 0.0 if wishes.grace == 0.0 else grace or SIGNAL_GRACE
+        return Ladder(on_expiry, first, signal_grace, grace or SIGNAL_GRACE)

@@ -9,18 +9,31 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from math import inf
 
 from hangwatch import wire
-from hangwatch.errors import ProtocolError
 from hangwatch.handover import Kept
 from hangwatch.process import Identity, read_stat
+from hangwatch.watcher.events import Event
 from hangwatch.watcher.identity import credentials_of, identify, kernel_gives_pidfds
 from hangwatch.watcher.page_reader import Armed, PageReader
 from hangwatch.watcher.watched import Watched
 
 # A worker that is only reported on may have this many open blocks that were reported.
 _MOST_JUDGED = 256
+
+
+class HasLeft(Exception):  # noqa: N818  # news, no error
+    """A worker has ended while nobody watched, or has hung up.
+
+    Attributes:
+        event: what is to be told of it.
+    """
+
+    def __init__(self, pid: int, labels: dict[str, str]) -> None:
+        super().__init__(pid)
+        self.event: Event = {"event": "left", "at": time.time(), "pid": pid, "labels": labels}
 
 
 def state_of(worker: Watched) -> bytes:
@@ -60,7 +73,7 @@ def take_over(number: int, kept: Kept) -> Watched:
         kept: this process's own copy of what the keeper has.
 
     Raises:
-        ProtocolError: it has ended, or hung up.
+        HasLeft: it has ended, or hung up.
         Exception: what was kept of it is of no use; nothing of it is left open.
     """
     descriptors = list(kept.descriptors)
@@ -71,13 +84,14 @@ def take_over(number: int, kept: Kept) -> Watched:
         # Before another one is opened: a successor needs no more of them than its predecessor.
         os.close(descriptors.pop(0))
         identity = _identify_again(connection, descriptors)
-        if identity.is_dead() or _hung_up(connection):
-            raise ProtocolError("it has left")
         state = json.loads(kept.state)
+        hello = wire.decode_hello(state["hello"].encode())
+        if identity.is_dead() or _hung_up(connection):
+            raise HasLeft(identity.pid, hello.labels)
         return Watched(
             connection=connection,
             identity=identity,
-            hello=wire.decode_hello(state["hello"].encode()),
+            hello=hello,
             reader=reader,
             stacks_inode=(state["stacks_inode"][0], state["stacks_inode"][1]),
             number=number,

@@ -82,6 +82,14 @@ class Watched:
     muted: bool = False
     budget: Budget = field(default_factory=Budget)
 
+    def thread_id(self, native_id: int) -> int:
+        """Return the kernel's id of one of its threads, as it is known out here.
+
+        In a pid namespace of its own, the worker knows its threads by other numbers; of these,
+        only the main thread's can be told.
+        """
+        return self.identity.pid if native_id == self.hello.pid else native_id
+
     def is_ours(self, native_id: int) -> bool | None:
         """Tell whether the process still is the program that sent its page; None: unknown."""
         return self.identity.holds(self.hello.page_fd, self.reader.inode, native_id)

@@ -16,7 +16,6 @@ from math import inf
 from time import monotonic
 
 from hangwatch import linux
-from hangwatch.errors import ProtocolError
 from hangwatch.evidence.model import OtherWorker
 from hangwatch.evidence.report import overrun
 from hangwatch.handover import Kept
@@ -30,7 +29,7 @@ from hangwatch.watcher.news import coming_or_going, of_incident
 from hangwatch.watcher.page_reader import Armed, Overdue
 from hangwatch.watcher.reception import Reception
 from hangwatch.watcher.settings import Settings, Wishes
-from hangwatch.watcher.takeover import state_of, take_over
+from hangwatch.watcher.takeover import HasLeft, state_of, take_over
 from hangwatch.watcher.verdict import Verdict
 from hangwatch.watcher.visit import visit
 from hangwatch.watcher.watched import Watched
@@ -102,12 +101,11 @@ class Watcher:
 
         It must be every page: tests/model/protocol.pml, SUCCESSOR_MISSES_A_PAGE.
         """
-        if self._successor:
-            self._events.tell({"event": "restarted", "at": time.time(), "workers": len(kept)})
         for number, entry in kept.items():
             try:
                 worker = take_over(number, entry)
-            except ProtocolError:
+            except HasLeft as left:
+                self._events.tell(left.event)
                 self.keeper.drop(number)
             except Exception:
                 _log.exception("a worker could not be taken over: it runs on unwatched")
@@ -120,6 +118,9 @@ class Watcher:
                     self._answer(worker)
             self.keeper.ping(len(self._workers))
         self._reception.next_number = max(kept, default=0) + 1
+        if self._successor:
+            workers = len(self._workers)
+            self._events.tell({"event": "restarted", "at": time.time(), "workers": workers})
 
     def stop(self) -> None:
         """End `run` once every incident's report is out."""
@@ -204,7 +205,7 @@ class Watcher:
         self._visit(worker)
 
     def _answer(self, worker: Watched) -> None:
-        reply = encode_reply(Reply(None, self.settings.on_expiry.value))
+        reply = encode_reply(Reply(None, self.settings.on_expiry.value, self.settings.force))
         try:
             worker.connection.send(reply, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except OSError:

@@ -130,6 +130,8 @@ def scope_of(name: Hashable, code: CodeType | None, asked: Asked) -> Scope:
     flags, signal, grace = checked_choices(asked.on_expiry, asked.grace, asked.signal)
     if asked.pauses:
         flags |= page.PAUSES
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"reason must be a string that says why, not {name!r:.40}")
     if code is None:
         return Scope(checked_scope(name), False, asked.client, flags, signal, grace)
     return Scope(place(code, name), True, (code, asked.client), flags, signal, grace)

@@ -45,7 +45,7 @@ class WorkerClient:
         self._page_again = 0.0
         self._making = threading.RLock()
         self._socket: WatcherSocket | None = None
-        self._on_expiry = ""
+        self._on_expiry, self._forced = "", False
         self._try_at = 0.0
         self._warned: set[str] = set()
         _clients.add(self)
@@ -99,12 +99,15 @@ class WorkerClient:
         """Let the watcher interrupt the main thread; does nothing in others."""
         number = soft_ending.install(self._overdue)
         if number:
+            self.page.make_interruptible()
             self.page.words[page.RAISE_SIGNAL] = number
 
     def _overdue(self, now: float) -> list[Slot]:
         if self._page is None:
             return []
-        asked = {"raise", None} if self._on_expiry == "raise" else {"raise"}
+        asked: set[str | None] = set() if self._forced else {"raise"}
+        if self._on_expiry == "raise":
+            asked |= set(page.ON_EXPIRY) if self._forced else {None}
         return self._page.overdue_in_this_thread(now, asked)
 
     def ring(self) -> None:
@@ -162,7 +165,7 @@ class WorkerClient:
             linux.register_fence(),
             labels_from(os.environ),
         )
-        self._on_expiry = watcher.on_expiry
+        self._on_expiry, self._forced = watcher.on_expiry, watcher.forced
         if watcher.on_expiry == "raise":
             self._prepare_to_raise()
         self._socket = watcher

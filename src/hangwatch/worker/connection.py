@@ -21,7 +21,7 @@ from hangwatch.worker.own_descriptor import OwnDescriptor
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
-    from hangwatch.wire import StackChannel
+    from hangwatch.wire import Reply, StackChannel
 
 ANSWER_WITHIN = 1.0
 RING = b"!"
@@ -74,6 +74,7 @@ def connect(
             python=".".join(map(str, sys.version_info[:3])),
             stacks=stacks,
             error_file=error_file_from(os.environ),
+            pid=os.getpid(),
             main_ident=threading.main_thread().ident or 0,
         )
         answer = _converse(connection, address, wire.encode_hello(hello), descriptors, until)
@@ -86,7 +87,7 @@ def connect(
         connection.close()
         raise
     connection.setblocking(False)
-    return WatcherSocket(connection, reply.on_expiry)
+    return WatcherSocket(connection, reply)
 
 
 class _Socket(socket.socket):
@@ -101,10 +102,11 @@ class WatcherSocket:
 
     Attributes:
         on_expiry: what an overrun leads to if the block chose nothing.
+        forced: whether it does so whatever the block chose.
     """
 
-    def __init__(self, connection: socket.socket, on_expiry: str) -> None:
-        self.on_expiry = on_expiry
+    def __init__(self, connection: socket.socket, reply: Reply) -> None:
+        self.on_expiry, self.forced = reply.on_expiry, reply.forced
         self._socket = connection
         self._descriptor = OwnDescriptor(connection.fileno())
 

@@ -63,7 +63,7 @@ def watch(
         scope: the name in reports; ``<file>#<line>`` of the caller by default.
         client: see `expires`, as for the rest.
         on_expiry: what an overrun leads to.
-        grace: seconds from the first step against the worker to SIGKILL.
+        grace: seconds that the worker has after each step before SIGKILL.
         signal: number of the signal that is sent first.
 
     Returns:

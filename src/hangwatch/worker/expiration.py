@@ -372,7 +372,7 @@ def expires(
         on_expiry: what an overrun leads to, if not what the watcher says: ``"report"``, a
             report alone; ``"raise"``, `TimerExpired` within the block, and the worker's end if
             it does not leave the block in time; ``"reap"``, the worker's end.
-        grace: seconds from the first step against the worker to SIGKILL, 0 or more.
+        grace: seconds that the worker has after each step before SIGKILL, 0 or more.
         signal: number of the signal that is sent first.
 
     Returns:

@@ -129,6 +129,15 @@ class PageWriter:
         """Return the slots of all threads."""
         return [slot for slot in list(self._slots.values()) if slot.after is not TAKEN]
 
+    def make_interruptible(self) -> None:
+        """Let `TimerExpired` be raised in this thread, see `ThreadSlots`."""
+        thread = self._per_thread.thread
+        if thread is not None and not thread.interruptible:
+            thread.interruptible = True
+            # As what stands there was entered on the quiet path, its stack is not made yet.
+            thread.stack_of(0)
+            thread.alone = None
+
     def overdue_in_this_thread(self, now: float, on_expiry: Container[str | None]) -> list[Slot]:
         """Return this thread's overdue blocks that are in no asyncio task.
 
@@ -139,12 +148,14 @@ class PageWriter:
             on_expiry: only blocks that chose one of these, and got no exception yet.
         """
         thread = self._per_thread.thread
-        if thread is None or self.pauses.are_open():
+        if thread is None:
             return []
+        paused = self.pauses.are_open()
         return [
             slot
             for slot in thread.all_slots()
             if slot.task == 0
+            and (slot.scope.pauses or not paused)
             and slot.scope.on_expiry in on_expiry
             and 0.0 < (deadline := slot.words[slot.deadline_at]) <= now
             and slot.raised != ((entry := slot.words[slot.entry_at]), deadline)

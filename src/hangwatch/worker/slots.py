@@ -12,7 +12,7 @@ from time import monotonic
 
 from hangwatch import page
 from hangwatch.errors import UnsupportedError
-from hangwatch.worker.tasks import current_task
+from hangwatch.worker.tasks import Asyncio, current_task
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class Scope:
         keeps: what its key speaks of by identity, to be kept alive.
         flags: what an overrun leads to, and whether other timers are suspended; see `page`.
         signal: what an overrun sends first, `page.NEVER_KILL`, or 0 for the watcher's choice.
-        grace: seconds from that to SIGKILL, `page.NO_GRACE`, or 0.0 for the watcher's choice.
+        grace: seconds that each step before SIGKILL has, `page.NO_GRACE`, or 0.0 for the
+            watcher's choice.
     """
 
     __slots__ = ("flags", "grace", "independent", "is_place", "keeps", "name", "signal")
@@ -261,7 +262,10 @@ class Slot:
             index = None if outer is None else outer.index
             page.write_enclosing(self.memory, self.index, index, entry)
         stack.append((self, self.entry))
-        thread.alone = self if outer is None and task == 0 else None
+        if task:
+            self.words[self.deadline_at + page.TASK_ENTRY] = self.entry
+        quiet = Asyncio.seen or not thread.interruptible
+        thread.alone = self if outer is None and task == 0 and quiet else None
         return self
 
 
@@ -278,6 +282,9 @@ class ThreadSlots:
             their entries; those at the end may have ended.
         alone: the slot whose block was the only one of this thread when it was nested
             last. Arming it again needs no look at other blocks.
+        interruptible: whether `TimerExpired` may be raised in it. It must be known then of
+            every block whether it is in an asyncio task, and until asyncio is seen to have been
+            imported the quiet path does not look.
     """
 
     def __init__(self, pauses: Pauses | None = None) -> None:
@@ -289,6 +296,7 @@ class ThreadSlots:
         self.others: deque[Slot] = deque()
         self.stacks: dict[int, list[tuple[Slot, float]]] = {}
         self.alone: Slot | None = None
+        self.interruptible = False
 
     def all_slots(self) -> list[Slot]:
         """Return the slots that no other thread has taken."""

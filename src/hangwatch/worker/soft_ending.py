@@ -26,6 +26,10 @@ Overdue = Callable[[float], "Iterable[Slot]"]
 """Given the time, finds the main thread's overdue blocks that are to be ended softly."""
 
 
+# They call what is timed from within a ``with`` of their own, as anybody does.
+_CALLERS = ("hangwatch.worker.decorated", "hangwatch.worker.iteration")
+
+
 class _Handler:
     """The handler of this process; there is one, however many pages it has."""
 
@@ -83,4 +87,6 @@ def _depth(slot: Slot) -> int:
 def _is_between(frame: FrameType | None) -> bool:
     """Tell whether a block is just being entered or left, by our code or an ExitStack's."""
     module = "" if frame is None else frame.f_globals.get("__name__", "")
+    if module in _CALLERS:
+        return False
     return module == "contextlib" or module.startswith("hangwatch.")
