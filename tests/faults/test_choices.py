@@ -231,7 +231,7 @@ with hangwatch.expires(60, "shortened") as timer:
     assert reports[0]["scope"]["late_s"] < 0.5, "a nearer deadline rings"
 
 
-def test_who_leaves_its_block_after_the_first_step_has_recovered(start_watcher: StartWatcher) -> None:
+def test_who_leaves_its_block_after_a_step_has_recovered(start_watcher: StartWatcher) -> None:
     watcher = start_watcher(grace=0.5)
     worker = watcher.python(
         "-c",

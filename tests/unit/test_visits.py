@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 
 import pytest
 
+from hangwatch import page
 from hangwatch.evidence.model import Case
 from hangwatch.page import DEADLINE, ENTRY, LIMIT, SLOTS_IN_USE, deadline_word
 from hangwatch.process import Identity
@@ -113,3 +115,41 @@ def test_whichever_visit_comes_first_hears_a_muted_worker_again(scene: Scene) ->
     worker.budget.credit = 0.05
     scene.watcher._visit(worker)  # a sweep, or the end of an incident
     assert (worker.muted, worker.next_visit) == (False, inf)
+
+
+def test_reading_a_page_of_nonsense_takes_no_time_and_says_something() -> None:
+    """Whatever bytes a worker writes, also 4,096 blocks in each other, in a ring, or NaN."""
+    rng = random.Random(11)
+    with quiet_page() as client:
+        reader, words, memory = client.reader(), client.page.words, client.page.memory
+        words[SLOTS_IN_USE] = page.CAPACITY
+        for kind in ("chain", "ring", "noise"):
+            for index in range(page.CAPACITY):
+                at = deadline_word(index)
+                if kind == "noise":
+                    start = page.slot_byte(index)
+                    memory[start : start + page.SLOT_BYTES] = rng.randbytes(page.SLOT_BYTES)
+                    continue
+                words[at + DEADLINE], words[at + ENTRY], words[at + LIMIT] = 1.0, 7.0, 1.0
+                outer = index - 1 if index or kind == "chain" else page.CAPACITY - 1
+                memory[page.slot_byte(index) + 48] = page.PAUSES
+                page.write_enclosing(memory, index, outer if outer >= 0 else None, 7.0)
+            began = time.monotonic()
+            armed = reader.armed()
+            assert len(armed) == {"chain": page.CAPACITY, "ring": 0}.get(kind, len(armed))
+            for slot in [*armed[:3], Armed(0, 7.0, 1.0), Armed(page.CAPACITY - 1, 7.0, 1.0)]:
+                spent = reader.spent(slot, 5.0)
+                assert all(isfinite(t or 0.0) for t in (spent.limit, spent.inside))
+                assert len(reader.within(slot)) <= 32
+                wishes = reader.wishes(slot)
+                assert wishes.grace is None or 0 <= wishes.grace <= 86400
+                assert -1 <= wishes.signal <= 64
+                assert reader.change_of(slot) in (
+                    *(None, "the block has ended", "the block has got more time"),
+                    "the process has paused its timers",
+                )
+                assert reader.was_raised(slot) in (True, False)
+            assert isinstance(reader.is_paused(), bool)
+            assert 0 <= reader.raise_signal() <= 64
+            assert time.monotonic() - began < 5
+        reader.close()

@@ -175,13 +175,14 @@ class PageReader:
 
     def is_paused(self) -> bool:
         """Tell whether a block suspends the others."""
-        for index in range(self._in_use()):
-            at = page.deadline_word(index)
-            if self._words[at] > 0.0 and page.pauses(self._memory, index):
-                slot = Armed(index, self._words[at + page.ENTRY], self._words[at])
-                if self._enclosed_well(slot):
-                    return True
-        return False
+        words, memory = self._words, self._memory
+        # Rarely is there any; whether one still counts is asked of all blocks at once.
+        if not any(
+            page.pauses(memory, index) and words[page.deadline_word(index)] > 0.0
+            for index in range(self._in_use())
+        ):
+            return False
+        return any(self.pauses(slot) for slot in self.armed())
 
     def details(self, slot: Armed) -> page.SlotDetails | None:
         """Return what an armed slot says of its block; None if the block has ended."""
@@ -241,18 +242,16 @@ class PageReader:
 
     def within(self, slot: Armed) -> list[page.SlotDetails]:
         """Return the details of the open blocks inside of a block, innermost first."""
-        depths = []
+        inside_of: dict[int, list[int]] = {}
         for inner in self.armed():
-            depth, seen = 0, {inner.index}
-            at, _ = page.read_enclosing(self._memory, inner.index)
-            while at is not None and at not in seen and at != slot.index:
-                seen.add(at)
-                depth += 1
-                at, _ = page.read_enclosing(self._memory, at)
-            if at == slot.index != inner.index:
-                depths.append((depth, inner.index))
-        found = sorted(depths, reverse=True)[:_MOST_WITHIN]
-        return [page.read_details(self._memory, index) for _, index in found]
+            outer, _ = page.read_enclosing(self._memory, inner.index)
+            if outer is not None:
+                inside_of.setdefault(outer, []).append(inner.index)
+        # Each slot leads to one other, so none is met twice, whatever stands in the page.
+        found = [slot.index]
+        for index in found:
+            found += inside_of.pop(index, [])[: _MOST_WITHIN - len(found)]
+        return [page.read_details(self._memory, index) for index in reversed(found[1:])]
 
     def thread_names(self) -> dict[int, str]:
         """Return the names of the threads that have slots, by `threading.get_ident()`."""
