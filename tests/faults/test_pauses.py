@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import threading
 import time
@@ -11,6 +12,7 @@ import pytest
 
 import hangwatch
 from conftest import StartWatcher
+from hangwatch import page
 from support.pages import QuietClient, quiet_page
 from support.watchers import RunningWatcher, wait_until
 
@@ -238,7 +240,7 @@ def test_who_pauses_while_evidence_is_gathered_is_left_alone(start_watcher: Star
 import sys, time, hangwatch
 with hangwatch.expires(0.3, "late"):
     time.sleep(0.3 + float(sys.argv[1]))
-    with hangwatch.paused("pause", after=60): time.sleep(1)
+    with hangwatch.paused("pause", after=60): time.sleep(2.5)
 time.sleep(0.1)
 """
     workers = {}
@@ -258,6 +260,118 @@ time.sleep(0.1)
         assert outcomes[pid][0]["outcome"] == "recovered"
     for pid, status in workers.items():
         assert (status < 0) == ("reaped" in [r["outcome"] for r in outcomes[pid]])
+
+
+def test_a_pause_must_have_an_end(client: QuietClient) -> None:
+    with hangwatch.paused("pause", after=60) as pause:
+        with pytest.raises(hangwatch.UnsupportedError, match="must have an end"):
+            pause.cancel()
+        pause.renew(600)
+        assert pause.remaining() > 599
+
+
+def test_a_page_that_pauses_without_an_end_is_not_believed(client: QuietClient) -> None:
+    with hangwatch.paused("pause", after=60):
+        reader = client.reader()
+        assert reader.is_paused()
+        (slot,) = reader.armed()
+        client.page.words[page.deadline_word(slot.index)] = page.NEVER
+        assert not reader.is_paused()
+        client.page.words[page.deadline_word(slot.index)] = slot.deadline
+        reader.close()
+
+
+def test_a_pause_that_outlives_the_block_around_it_goes_on(client: QuietClient) -> None:
+    """A hook begins a pause within a step, and ends it after that."""
+    started, done = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with hangwatch.expires(60, "other") as work:
+            started.set()
+            done.wait()
+            assert work.remaining() > 60 - NEARLY
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    started.wait()
+    pause = hangwatch.paused("across", after=600)
+    with hangwatch.expires(60, "step"):
+        pause.__enter__()
+    slept()
+    assert client.reader().is_paused()
+    slept()
+    slept()
+    pause.__exit__(None, None, None)
+    assert not client.reader().is_paused()
+    done.set()
+    thread.join()
+    assert client.armed() == {}
+
+
+def test_a_pause_in_a_generator_that_outlives_its_thread(client: QuietClient) -> None:
+    def pausing() -> Iterator[None]:
+        with hangwatch.paused("in a generator", after=600):
+            yield
+
+    with hangwatch.expires(60, "work") as work:
+        generator = pausing()
+        thread = threading.Thread(target=next, args=[generator])
+        thread.start()
+        thread.join()
+        assert client.reader().is_paused()
+        before = work.remaining()
+        slept()
+        del generator, thread
+        gc.collect()
+        assert not client.reader().is_paused()
+        assert before - NEARLY < work.remaining() <= before
+
+
+STARVED = """
+import signal, sys, threading, time, hangwatch
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+every = float(sys.argv[1])
+def now_and_then():
+    while True:
+        time.sleep(every)
+        with hangwatch.paused("upload", after=60): time.sleep(every / 5)
+threading.Thread(target=now_and_then, daemon=True).start()
+with hangwatch.expires(1.0, "hangs", grace=1.0): time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("every", [0.4, 0.01])
+def test_pauses_now_and_then_save_nobody_who_hangs(
+    start_watcher: StartWatcher, every: float
+) -> None:
+    watcher = start_watcher()
+    worker = watcher.python("-c", STARVED, str(every))
+    worker.communicate(timeout=40)
+    assert worker.returncode == -9
+    watcher.server.stop()
+    outcomes = [report["outcome"] for report in watcher.reports()]
+    assert outcomes[-1] == "reaped"
+    assert len(outcomes) <= 2
+
+
+def test_a_pause_in_clean_up_brings_no_second_exception(start_watcher: StartWatcher) -> None:
+    watcher = start_watcher(grace=20)
+    worker = watcher.python(
+        "-c",
+        """
+import time, hangwatch
+try:
+    with hangwatch.expires(0.3, "work", on_expiry="raise"):
+        try: time.sleep(1000)
+        finally:
+            with hangwatch.paused("emergency checkpoint", after=60): time.sleep(1.0)
+            time.sleep(1.0)
+            print("saved")
+except hangwatch.TimerExpired: print("ended")
+""",
+    )
+    out, _ = worker.communicate(timeout=30)
+    assert (worker.returncode, out) == (0, "saved\nended\n")
 
 
 INTERRUPTED = """

@@ -241,6 +241,30 @@ def _hang_in_one_of_two_threads() -> None:
     time.sleep(20)
 
 
+def _handle_and_pause() -> None:
+    with hangwatch.expires(0.5, "step") as timer:
+        timer.cancel()
+        with hangwatch.expires(0.5, "step"):
+            pass
+        time.sleep(1.0)  # it stays cancelled
+        timer.renew(60)
+        with hangwatch.expires(0.5, "step"):
+            pass
+        time.sleep(1.0)  # and so it stays renewed
+    with hangwatch.expires(0.5, "step"), hangwatch.paused("step", after=60):
+        time.sleep(1.5)
+
+
+def _overrun_a_pause() -> None:
+    with hangwatch.expires(60, "step"), hangwatch.paused("step", after=0.5):
+        time.sleep(30)
+
+
+def _hang_in_a_pause_of_the_same_name() -> None:
+    with hangwatch.paused("step", after=0.7), hangwatch.expires(0.1, "step"):
+        time.sleep(30)
+
+
 @pytest.fixture(params=["native", "legacy"])
 def road(request: pytest.FixtureRequest, pair: Pair) -> Iterator[str]:
     if request.param == "legacy":
@@ -280,6 +304,11 @@ class TestBothRoads:
         with hangwatch.expires(0.2, "own", pair.client()):
             time.sleep(1.5)
         assert exit_status(child) == 0
+
+    def test_handles_and_pauses_mean_the_same(self, pair: Pair, road: str) -> None:
+        assert exit_status(pair.worker(_handle_and_pause)) == 0
+        assert exit_status(pair.worker(_overrun_a_pause)) == KILLED
+        assert exit_status(pair.worker(_hang_in_a_pause_of_the_same_name)) == KILLED
 
     def test_a_call_replaces_and_a_release_ends_it(self, pair: Pair, road: str) -> None:
         assert exit_status(pair.worker(_call_by_hand, pair.place)) == 0

@@ -254,6 +254,8 @@ class TestWatch:
             assert [list(watched), list(watched)] == [[1, 2, 3]] * 2, "it may be iterated again"
         with pytest.raises(TypeError):
             len(hangwatch.watch(iter([1]), after=60))
+        assert hangwatch.watch(iter([]), after=60)
+        assert not hangwatch.watch([], after=60)
 
     def test_its_scope_is_its_place_by_default(self, client: QuietClient) -> None:
         def load() -> Iterator[dict[str, int]]:

@@ -13,8 +13,12 @@ from contextlib import suppress
 from math import inf, nan
 
 from hangwatch.worker.acquired import Holder, holder
-from hangwatch.worker.blocks import NoThread
+from hangwatch.worker.blocks import NoThread, no_end
 from hangwatch.worker.slots import VOID_SLOT, Scope, Slot
+
+TYPE_CHECKING = False  # typing itself takes long to import
+if TYPE_CHECKING:
+    from hangwatch.worker.blocks import Timer
 
 RELEASE = -1.0
 _UNKNOWN = nan
@@ -25,21 +29,28 @@ _TRY_AGAIN_AFTER = 0.05
 class _Timer:
     """One block's, or one call's, timer: its limit in seconds, and when it expires (epoch).
 
-    Cancelled, it never does. `began` is when its present interval did.
+    Cancelled, it never does. `began` is when its present interval did, which is `limit` long;
+    the block's own is `own`.
     """
 
-    __slots__ = ("began", "expiration_time", "holder", "limit", "pauses")
+    __slots__ = ("began", "expiration_time", "holder", "limit", "own", "pauses")
 
     def __init__(self, expiration_time: float, pauses: bool = False) -> None:
         self.began = time.time()
-        self.limit = expiration_time - self.began
+        self.own = self.limit = expiration_time - self.began
         self.expiration_time = expiration_time
         self.holder = holder()
         self.pauses = pauses
 
-    def restart(self, limit: float | None = None) -> None:
+    def restart(self) -> None:
+        """Begin an interval as long as the present one."""
         self.began = time.time()
-        self.expiration_time = self.began + (self.limit if limit is None else limit)
+        self.expiration_time = self.began + self.limit
+
+    def renew(self, limit: float | None) -> None:
+        """Begin another interval; None: of the block's own length."""
+        self.limit = self.own if limit is None else limit
+        self.restart()
 
 
 class Requested:
@@ -99,9 +110,15 @@ class Requested:
         with self._lock:
             if timer not in self._stacks.get(scope_id, {}).get(timer.holder, []):
                 return False
-            timer.restart(limit)
+            timer.renew(limit)
             self._tell(scope_id)
         return True
+
+    def remaining(self, timer: _Timer) -> float:
+        """Return the seconds that a timer has left; they stand still while it is suspended."""
+        if timer.pauses or not self._is_paused():
+            return timer.expiration_time - time.time()
+        return timer.expiration_time - max(self._paused_since, timer.began)
 
     def replace(self, scope_id: str, expiration_time: float) -> None:
         """Acquire by a call: whatever the caller has of that scope, this takes its place."""
@@ -140,7 +157,8 @@ class Requested:
     def _shift(self, now: float) -> None:
         """Give every timer back the time that it was suspended for."""
         for timer in self._timers():
-            timer.expiration_time += max(0.0, now - max(self._paused_since, timer.began))
+            if timer.expiration_time > self._paused_since:
+                timer.expiration_time += max(0.0, now - max(self._paused_since, timer.began))
 
     def _tell_all(self) -> None:
         for scope_id in {*self._stacks, *self._told}:
@@ -199,8 +217,15 @@ class RequestedBlock:
     def __init__(self, requested: Requested, scope: Scope, limit: float) -> None:
         self._requested = requested
         self._scope = scope
+        # Apart from blocks of that name: it replaces none, and none replaces it.
+        self._name = f"{scope.name} (paused)" if scope.pauses else scope.name
         self._limit = limit
         self._timer: _Timer | None = None
+
+    @property
+    def timer(self) -> Timer:
+        """This block itself."""
+        return self
 
     def nest(self, block: object) -> Slot:
         """Ask for the timer; the slot that is armed then is nobody's."""
@@ -208,7 +233,7 @@ class RequestedBlock:
             # A server of this road can't but kill.
             limit = inf if self._scope.on_expiry == "report" else self._limit
             self._timer = timer = _Timer(time.time() + limit, self._scope.pauses)
-            self._requested.begin(self._scope.name, timer)
+            self._requested.begin(self._name, timer)
         except BaseException:
             with suppress(Exception):
                 self._end()
@@ -235,20 +260,20 @@ class RequestedBlock:
         """Ask for another interval."""
         if self._scope.on_expiry == "report":
             limit = inf
-        return self._timer is not None and self._requested.renew(
-            self._scope.name, self._timer, limit
-        )
+        return self._timer is not None and self._requested.renew(self._name, self._timer, limit)
 
     def cancel(self) -> bool:
         """Give the timer back; the block goes on."""
+        if self._scope.pauses:
+            raise no_end()
         return self.renew(inf)
 
     def remaining(self) -> float | None:
         """Return the seconds that are left."""
-        return None if self._timer is None else self._timer.expiration_time - time.time()
+        return None if self._timer is None else self._requested.remaining(self._timer)
 
     def _end(self) -> None:
         timer = self._timer
         if timer is not None:
-            self._requested.end(self._scope.name, timer)
+            self._requested.end(self._name, timer)
             self._timer = None

@@ -23,7 +23,7 @@ from hangwatch.evidence.stacks import Asked
 from hangwatch.process import Identity
 from hangwatch.watcher.descendants import descendants_of
 from hangwatch.watcher.error_file import ErrorFile
-from hangwatch.watcher.page_reader import ENDED
+from hangwatch.watcher.page_reader import ENDED, PAUSED
 from hangwatch.watcher.raising import SoftEnding
 from hangwatch.watcher.reporter import Reporter
 from hangwatch.watcher.settings import OnExpiry
@@ -33,6 +33,7 @@ EVIDENCE_WITHIN = 2.0
 MOST_GATHERING = MOST_PUBLISHING = 4
 _PUBLISH_WITHIN = 10.0
 _DEAD_WITHIN = 5.0
+_PAUSE_WITHIN = 1.0
 _LONGEST_BACK_OFF = 60.0
 # A worker under a debugger is looked at again so often, in seconds.
 _DEBUGGED_LOOK_AGAIN = 2.0
@@ -73,6 +74,7 @@ class Incident:
         self._actions: list[Action] = []
         self._signalled = False
         self._debugger: str | None = None
+        self._paused = False
         self._tree: dict[int, Identity] = {}
         self._course = self._run()
 
@@ -103,6 +105,11 @@ class Incident:
                 outcome = Outcome.REPORTED
             else:
                 outcome = yield from self._act()
+                if self._paused:
+                    # It is as overdue as before once the pause is over.
+                    worker.judge_again(self.verdict.found, 0.0)
+                    if self.verdict.told:
+                        return
             self._around.tell(outcome.value, self.verdict, headline(self._report(outcome)))
             yield from self._tell(outcome)
             if outcome is Outcome.UNKILLABLE:
@@ -123,14 +130,27 @@ class Incident:
         while monotonic() < until and self._overdue():
             yield min(until, monotonic() + 0.02)
 
+    def _wait_out_pause(self) -> Course:
+        """Let a short pause pass; a long one's own overrun must not wait for us."""
+        worker, found = self.verdict.worker, self.verdict.found
+        until = monotonic() + _PAUSE_WITHIN
+        while self._around.look(worker, found) == PAUSED and monotonic() < until:
+            yield min(until, monotonic() + 0.02)
+
     def _overdue(self) -> bool:
         worker, found = self.verdict.worker, self.verdict.found
         if worker.left or worker.identity.is_dead():
             return False
         return self._around.look(worker, found) is None
 
+    def _asks_for_debuggers(self) -> bool:
+        """Tell whether somebody who is under a debugger would have to be spared."""
+        harmless = self.verdict.ladder.on_expiry is OnExpiry.REPORT
+        return not (harmless or self._around.settings.kill_debugged)
+
     def _gather(self) -> Course:
-        until = monotonic() + EVIDENCE_WITHIN
+        # Where many hang at once somebody may be debugging one of them: it is worth a wait.
+        until = monotonic() + EVIDENCE_WITHIN * (2 if self._asks_for_debuggers() else 1)
         while self._around.gathering() >= MOST_GATHERING and monotonic() < until:
             yield until
         verdict, worker = self.verdict, self.verdict.worker
@@ -159,6 +179,7 @@ class Incident:
             self._problems.append(f"evidence: no process can be started ({error.strerror})")
             return
         self.gathering = True
+        until = monotonic() + EVIDENCE_WITHIN
         while not helper.done and monotonic() < until:
             yield until
         self.gathering = False
@@ -171,8 +192,7 @@ class Incident:
             self._debugger, self._evidence = _unpacked(helper.result)
 
     def _is_spared_as_debugged(self) -> bool:
-        harmless = self.verdict.ladder.on_expiry is OnExpiry.REPORT
-        return not (self._debugger is None or self._around.settings.kill_debugged or harmless)
+        return self._debugger is not None and self._asks_for_debuggers()
 
     def _act(self) -> Generator[float, None, Outcome]:
         ladder = self.verdict.ladder
@@ -253,6 +273,7 @@ class Incident:
         change = self._around.look(worker, self.verdict.found)
         if change is not None:
             self._note("look", change)
+            self._paused = change == PAUSED
             return Outcome.RECOVERED
         if ours is None:
             self._note("look", "the kernel won't say whether it is still the same program")
@@ -263,6 +284,7 @@ class Incident:
         worker = self.verdict.worker
         if self._around.settings.tree:
             self._find_tree()
+        yield from self._wait_out_pause()
         outcome = self._nothing_to_do()
         if outcome is not None:
             return outcome

@@ -18,6 +18,7 @@ _LAST_SIGNAL = int(signal.SIGRTMAX)
 LONGEST_GRACE = 86400.0
 _MOST_WITHIN = 32
 ENDED = "the block has ended"
+PAUSED = "the process has paused its timers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ class PageReader:
             while at is not None and at not in watched:
                 watched[at] = False  # what leads back to itself encloses nothing
                 path.append(at)
-                at, entry = page.read_enclosing(self._memory, at)
+                at, entry = self._enclosing(at)
                 if at is not None and (at not in found or found[at].entry != entry):
                     well = False
                     break
@@ -142,8 +143,8 @@ class PageReader:
         return [slot for index, slot in found.items() if watched[index]]
 
     def pauses(self, slot: Armed) -> bool:
-        """Tell whether a block suspends the others of its page."""
-        return page.pauses(self._memory, slot.index)
+        """Tell whether a block suspends the others of its page; one without an end does not."""
+        return page.pauses(self._memory, slot.index) and slot.deadline < page.NEVER
 
     def change_of(self, found: Overdue) -> str | None:
         """Say what makes a verdict void; None if it still holds.
@@ -160,7 +161,7 @@ class PageReader:
         if not self._is_open(found.index, found.entry, found.deadline):
             return "the block has got more time"
         if not self.pauses(found) and self.is_paused():
-            return "the process has paused its timers"
+            return PAUSED
         return None
 
     def is_open(self, found: Overdue) -> bool:
@@ -237,7 +238,9 @@ class PageReader:
         while index is not None and index not in seen and index < page.CAPACITY:
             seen.add(index)
             found.append(page.read_details(self._memory, index))
-            index, _ = page.read_enclosing(self._memory, index)
+            index, entry = page.read_enclosing(self._memory, index)
+            if index is not None and not self._is_open(index, entry):
+                break
         return found
 
     def within(self, slot: Armed) -> list[page.SlotDetails]:
@@ -258,6 +261,12 @@ class PageReader:
         all_details = (page.read_details(self._memory, i) for i in range(self._in_use()))
         return {details.ident: details.thread_name for details in all_details}
 
+    def _enclosing(self, index: int) -> tuple[int | None, float]:
+        """Return what a block ends with, see `Slot.is_watched`; a pause with nothing."""
+        if page.pauses(self._memory, index):
+            return None, 0.0
+        return page.read_enclosing(self._memory, index)
+
     def _in_use(self) -> int:
         in_use = self._words[page.SLOTS_IN_USE]
         return int(in_use) if 0 <= in_use <= page.CAPACITY else page.CAPACITY
@@ -271,7 +280,7 @@ class PageReader:
     def _enclosed_well(self, slot: Armed) -> bool:
         index = slot.index
         for _ in range(page.CAPACITY):
-            outer, entry = page.read_enclosing(self._memory, index)
+            outer, entry = self._enclosing(index)
             if outer is None:
                 return True
             if not self._is_open(outer, entry):

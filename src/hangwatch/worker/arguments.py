@@ -91,7 +91,7 @@ def checked_grace(grace: object) -> float:
     Raises:
         ValueError, TypeError: `grace` is none: the caller's fault.
     """
-    if not isinstance(grace, int | float):
+    if not isinstance(grace, int | float) or isinstance(grace, bool):
         raise TypeError(f"grace must be a number of seconds, not {type(grace).__name__}")
     if not 0 <= grace < inf:
         raise ValueError(f"grace must be a number of seconds, 0 or more, not {grace!r:.40}")

@@ -39,8 +39,12 @@ if TYPE_CHECKING:
         def remaining(self) -> float | None:
             """Return the seconds that are left; infinite without a deadline."""
 
-    class Block(Timer, Protocol):
+    class Block(Protocol):
         """In the place of a slot: a block with a way of its own to begin and to end."""
+
+        @property
+        def timer(self) -> Timer:
+            """Its timer. It must not hold the block, which may end by being forgotten."""
 
         @property
         def thread(self) -> type[NoThread]:
@@ -94,6 +98,14 @@ class SlotTimer:
         return deadline - now
 
 
+class PauseTimer(SlotTimer):
+    """The timer of a pause."""
+
+    def cancel(self) -> bool:
+        """Refuse: a pause without an end would be a switch."""
+        raise no_end()
+
+
 class Unwatched:
     """The timer of blocks that nobody watches: there is nothing to be done."""
 
@@ -123,6 +135,11 @@ class ContractBlock:
         self.scope = scope
         self.limit = limit
         self._expires: float | None = None
+
+    @property
+    def timer(self) -> Timer:
+        """This block itself."""
+        return self
 
     def nest(self, block: object) -> Slot:
         """Acquire; the slot that is armed then is nobody's."""
@@ -180,16 +197,21 @@ class ReplacingBlock:
     def __init__(self, outer: Slot, inner: Slot) -> None:
         self._outer = outer
         self._outer_entry = outer.words[outer.entry_at]
+        self._outer_limit: float | None = None
         self._inner = inner
-        timer = SlotTimer(inner, inner.entry)
-        self.renew, self.cancel, self.remaining = timer.renew, timer.cancel, timer.remaining
+        # Held, so that nobody takes the slot back before we end: see `Slot.is_held`.
+        self._disarm = inner.exit
+        self.timer = SlotTimer(inner, inner.entry)
 
     def nest(self, block: object) -> Slot:
         """Arm the inner slot instead of the outer one."""
+        outer, entry = self._outer, self._outer_entry
         self._inner.block = None
         try:
             self._inner.nest(block).arm()
-            self._outer.suspend(self._outer_entry)
+            if outer.words[outer.deadline_at] < page.NEVER:  # else it was cancelled, and stays so
+                self._outer_limit = outer.interval(entry)
+                outer.suspend(entry)
         except BaseException:
             self.exit(None, None, None)
             raise
@@ -204,8 +226,10 @@ class ReplacingBlock:
             raise
 
     def _end(self) -> None:
-        self._inner.exit(None, None, None)
-        self._outer.renew(self._outer_entry)
+        self._disarm(None, None, None)
+        limit, self._outer_limit = self._outer_limit, None
+        if limit is not None:
+            self._outer.renew(self._outer_entry, limit)
 
 
 class PausingBlock:
@@ -222,8 +246,9 @@ class PausingBlock:
         self._slot = slot
         self._entry = slot.entry
         self._pauses = pauses
-        timer = SlotTimer(slot, slot.entry)
-        self.renew, self.cancel, self.remaining = timer.renew, timer.cancel, timer.remaining
+        # Held, so that nobody takes the slot back before we end: see `Slot.is_held`.
+        self._disarm = slot.exit
+        self.timer = PauseTimer(slot, slot.entry)
 
     def nest(self, block: object) -> Slot:
         """Begin the pause."""
@@ -242,6 +267,15 @@ class PausingBlock:
         except BaseException:  # an interruption: nothing may stay suspended, or lose its time
             self._pauses.end(self._slot, self._entry)
             raise
+
+    def __del__(self) -> None:
+        # An exception at the very entry of `exit`, or a generator that nobody finishes.
+        self._pauses.end(self._slot, self._entry)
+
+
+def no_end() -> UnsupportedError:
+    """Return the error of who wants a pause to last for ever."""
+    return UnsupportedError("a pause must have an end: renew it instead of cancelling it")
 
 
 def cannot(client: object, what: str) -> UnsupportedError:

@@ -60,6 +60,7 @@ def _generator(
         step: Callable[[Any], Any] = inner.send
         given: Any = None
         while True:
+            item = None  # what was given away is kept alive by nobody here
             try:
                 with block():
                     item = step(given)
@@ -87,6 +88,7 @@ def _async_generator(
         step: Callable[[Any], Any] = inner.asend
         given: Any = None
         while True:
+            item = None  # what was given away is kept alive by nobody here
             try:
                 with block():
                     item = await step(given)

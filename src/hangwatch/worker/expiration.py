@@ -256,7 +256,7 @@ class Expiration(Handle):
             if isinstance(slot, _NoChoice):
                 return self._enter_by_hand()
         if not isinstance(slot, Slot):
-            self._open(slot)
+            self._open(slot.timer)
         elif slot is VOID_SLOT:
             self._open(UNWATCHED)
         return slot.nest(self)
@@ -327,7 +327,7 @@ class Expiration(Handle):
                 chosen.block = None
                 self._open(SlotTimer(chosen, chosen.entry))
             else:
-                self._open(chosen)
+                self._open(chosen.timer)
             chosen.nest(self).arm()
         except BaseException:
             if isinstance(chosen, Slot):

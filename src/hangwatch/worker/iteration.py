@@ -38,6 +38,12 @@ class Watched(Generic[Item]):
     def __aiter__(self) -> AsyncIterator[Item]:
         return _AsyncSteps(aiter(self._iterable), self._block)  # type: ignore[arg-type]
 
+    def __bool__(self) -> bool:
+        try:
+            return len(self) > 0
+        except TypeError:
+            return True
+
     def __len__(self) -> int:
         return len(self._iterable)  # type: ignore[arg-type]
 

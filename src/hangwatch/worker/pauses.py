@@ -90,6 +90,7 @@ class Pauses:
             if words[at + page.RENEWED_ENTRY] == entry:
                 limit, entered = words[at + page.RENEWED_LIMIT], words[at + page.ENTERED]
                 yield at + page.ENTERED, entered, entered + until - max(since, entered)
-            if deadline < page.NEVER:
+            # What was due before has no time left that could be given back.
+            if since < deadline < page.NEVER:
                 began = deadline - limit
                 yield at, deadline, deadline + max(0.0, until - max(since, began))

@@ -153,11 +153,12 @@ class Slot:
         """Tell whether that block, and every block around it, has not ended.
 
         The watcher passes over a block whose enclosing block has ended: whatever an
-        exception, or a generator that nobody finishes, left armed goes with it.
+        exception, or a generator that nobody finishes, left armed goes with it. A pause ends by
+        its own end or its limit, though: while it lasts, others count on it.
         """
         slot = self
         while slot.is_open(entry):
-            if slot.enclosing is None:
+            if slot.enclosing is None or slot.scope.pauses:
                 return True
             entry, slot = slot.enclosing_entry, slot.enclosing
         return False
@@ -233,6 +234,7 @@ class Slot:
             words[at + page.ENTERED] = words[at] - self.limit
             words[at + page.RENEWED_ENTRY] = entry
         words[at + page.RENEWED_LIMIT] = limit
+        words[at + page.RAISED_ENTRY] = 0.0
         words[at] = deadline
         return True
 
@@ -323,9 +325,12 @@ class ThreadSlots:
     _prune_at = 64
 
     def innermost(self, name: str) -> Slot | None:
-        """Return the slot of this thread's, or task's, innermost open block of that name."""
+        """Return the slot of this thread's, or task's, innermost open block of that name.
+
+        A pause is none of these: it replaces no block, and none replaces it.
+        """
         for slot, entry in reversed(self.stack_of(current_task())):
-            if slot.scope.name == name and slot.is_open(entry):
+            if slot.scope.name == name and slot.is_open(entry) and not slot.scope.pauses:
                 return slot
         return None
 
