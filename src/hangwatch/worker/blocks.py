@@ -73,20 +73,20 @@ class SlotTimer:
     """The timer of the block that armed a slot as `entry`."""
 
     def __init__(self, slot: Slot, entry: float) -> None:
-        self._slot = slot
-        self._entry = entry
+        self.slot = slot
+        self.entry = entry
 
     def renew(self, limit: float | None) -> bool:
         """Begin another interval."""
-        return self._slot.renew(self._entry, limit)
+        return self.slot.renew(self.entry, limit)
 
     def cancel(self) -> bool:
         """Let the block go on without a deadline."""
-        return self._slot.suspend(self._entry)
+        return self.slot.suspend(self.entry)
 
     def remaining(self) -> float | None:
         """Return the seconds that are left."""
-        slot, entry = self._slot, self._entry
+        slot, entry = self.slot, self.entry
         deadline = slot.words[slot.deadline_at]
         if not slot.is_open(entry):
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
+from threading import get_ident
 
 from hangwatch.errors import HangwatchError
 from hangwatch.worker.acquired import Holder, holder
@@ -105,11 +106,19 @@ def open_timer(
     Raises:
         HangwatchError: it is in several, none of them in this thread and task.
     """
-    for thread in {id(slot.thread): slot.thread for slot in slots}.values():
+    alive = [(who, timer) for who, timer in opened if timer.remaining() is not None]
+    here = [timer for _, timer in alive if isinstance(timer, SlotTimer)]
+    for thread in {
+        id(slot.thread): slot.thread for slot in (*slots, *(t.slot for t in here))
+    }.values():
+        if thread.ident != get_ident():
+            continue
         for slot, entry in reversed(thread.stack_of(current_task())):
+            for its in here:
+                if its.slot is slot and its.entry == entry:
+                    return its
             if slot.block is block and slot.is_open(entry):
                 return SlotTimer(slot, entry)
-    alive = [(who, timer) for who, timer in opened if timer.remaining() is not None]
     for who, timer in reversed(alive):
         if who == holder():
             return timer

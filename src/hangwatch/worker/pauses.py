@@ -84,13 +84,13 @@ class Pauses:
         for index in range(int(words[page.SLOTS_IN_USE])):
             at = page.deadline_word(index)
             deadline, entry = words[at], words[at + page.ENTRY]
-            if deadline == 0.0 or page.pauses(self._memory, index):
+            # What was due before has no time left that could be given back.
+            if deadline <= since or page.pauses(self._memory, index):
                 continue
             limit = words[at + page.LIMIT]
             if words[at + page.RENEWED_ENTRY] == entry:
                 limit, entered = words[at + page.RENEWED_LIMIT], words[at + page.ENTERED]
                 yield at + page.ENTERED, entered, entered + until - max(since, entered)
-            # What was due before has no time left that could be given back.
-            if since < deadline < page.NEVER:
+            if deadline < page.NEVER:
                 began = deadline - limit
                 yield at, deadline, deadline + max(0.0, until - max(since, began))

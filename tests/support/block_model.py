@@ -1,0 +1,123 @@
+"""What a worker's page must say of its open blocks: the whole of it, in the fewest words.
+
+A time is known to lie between two others, those at which the worker began what it was told to
+do and was done with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hangwatch import page
+from support.one_worker import TASKS, THREADS
+
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Between:
+    """A time, or a number of seconds, of which this much is known."""
+
+    low: float
+    high: float
+
+    def __add__(self, other: Between) -> Between:
+        return Between(self.low + other.low, self.high + other.high)
+
+    def __sub__(self, other: Between) -> Between:
+        return Between(self.low - other.high, self.high - other.low)
+
+    def __contains__(self, number: float) -> bool:
+        return self.low - _ROUNDING <= number <= self.high + _ROUNDING
+
+
+def exactly(number: float) -> Between:
+    return Between(number, number)
+
+
+def later(one: Between, other: Between) -> Between:
+    return Between(max(one.low, other.low), max(one.high, other.high))
+
+
+def _moved(when: Between, since: Between, until: Between) -> Between:
+    # Steps follow each other: what was within the pause was so for certain.
+    return until if when.low > since.high else when + (until - since)
+
+
+@dataclass
+class Timer:
+    """What `expires` returned, under its name here."""
+
+    name: str
+    scope: str
+    limit: float
+    pauses: bool
+
+
+@dataclass
+class Block:
+    """An open block. Its times are moved by pauses as if it had begun later."""
+
+    timer: Timer
+    entered: Between
+    began: Between
+    interval: float
+    is_renewed: bool = False
+    is_cancelled: bool = False
+    slot: tuple[int, float] = (-1, 0.0)
+
+    @property
+    def deadline(self) -> Between:
+        if self.is_cancelled:
+            return exactly(page.NEVER)
+        return self.began + exactly(self.interval)
+
+    def renew(self, interval: float | None, at: Between) -> None:
+        self.interval = self.timer.limit if interval is None else interval
+        self.began, self.is_renewed, self.is_cancelled = at, True, False
+
+    def cancel(self) -> None:
+        self.interval, self.is_renewed, self.is_cancelled = self.timer.limit, True, True
+
+    def go_on(self, since: Between, until: Between) -> None:
+        """End a pause: what went by of it is as if it had not been, but for what was overdue."""
+        if self.deadline.low > since.high:
+            self.entered = _moved(self.entered, since, until)
+            self.began = _moved(self.began, since, until)
+
+
+@dataclass
+class Model:
+    """What must be so: the open blocks of each thread and task, outermost first."""
+
+    blocks: dict[str, list[Block]] = field(
+        default_factory=lambda: {who: [] for who in (*THREADS, *TASKS)}
+    )
+    paused_since: Between | None = None
+
+    def open(self) -> list[Block]:
+        return [block for blocks in self.blocks.values() for block in blocks]
+
+    def enter(self, who: str, timer: Timer, at: Between) -> Block:
+        if timer.pauses and self.paused_since is None:
+            self.paused_since = at
+        block = Block(timer, at, at, timer.limit)
+        self.blocks[who].append(block)
+        return block
+
+    def leave(self, who: str, levels: int, at: Between) -> None:
+        for _ in range(min(levels, len(self.blocks[who]))):
+            self.blocks[who].pop()
+            since = self.paused_since
+            if since is not None and not any(block.timer.pauses for block in self.open()):
+                self.paused_since = None
+                for block in self.open():
+                    block.go_on(since, at)
+
+    def handled(self, who: str, timer: Timer) -> Block | None:
+        """Return the block that a timer is the handle of: the innermost one here, or the only."""
+        here = [block for block in self.blocks[who] if block.timer is timer]
+        anywhere = [block for block in self.open() if block.timer is timer]
+        if here:
+            return here[-1]
+        return anywhere[0] if len(anywhere) == 1 else None
