@@ -77,6 +77,7 @@ time.sleep(2)
     report = watcher.report(pid=worker.pid)
     assert report["outcome"] == "recovered"
     assert actions(report) == ["SIGTERM", "look"]
+    assert "; after SIGTERM: the block has ended, at most" in report["headline"]
 
 
 def test_sigkill_after_the_grace_for_who_ignores_sigterm(start_watcher: StartWatcher) -> None:

@@ -27,7 +27,15 @@ from hangwatch.worker.arguments import (
 from hangwatch.worker.blocks import UNWATCHED, ContractBlock, NoThread, SlotTimer, cannot
 from hangwatch.worker.by_hand import ByHand, not_entered
 from hangwatch.worker.client import OFF
-from hangwatch.worker.handle import AsyncExit, Done, Handle, not_open, open_timer
+from hangwatch.worker.handle import (
+    AsyncExit,
+    AsyncExitLookup,
+    Done,
+    ExitLookup,
+    Handle,
+    not_open,
+    open_timer,
+)
 from hangwatch.worker.roads import Configured, find_road
 from hangwatch.worker.slots import VOID_SLOT, Slot
 from hangwatch.worker.tasks import Asyncio as _Asyncio
@@ -97,21 +105,6 @@ def configure(timer_client: TimerClient | None) -> None:
     Configured.client = timer_client
     Configured.by_environment = False
     forget_slots()
-
-
-class _ExitLookup(property):
-    # ``with`` looks __exit__ up on the instance before it calls __enter__ (PEP 343), and
-    # gets one C call that disarms the slot chosen at that moment. contextlib.ExitStack
-    # takes it from the class and calls it with the instance.
-    def __call__(self, block: Expiration, *exc_info: object) -> None:
-        block._leave(*exc_info)
-
-
-class _AsyncExitLookup(property):
-    # ``async with`` does the same with __aexit__ (PEP 492), AsyncExitStack, too.
-    def __call__(self, block: Expiration, *exc_info: object) -> Done:
-        block._leave(*exc_info)
-        return Done(None)
 
 
 class Expiration(Handle):
@@ -194,12 +187,12 @@ class Expiration(Handle):
         async def __aenter__(self) -> Expiration: ...
         async def __aexit__(self, *exc_info: object) -> None: ...
     else:
-        __exit__ = _ExitLookup(_look_up_exit)
+        __exit__ = ExitLookup(_look_up_exit)
 
         def __aenter__(self) -> Done:
             return Done(self.__enter__())
 
-        __aexit__ = _AsyncExitLookup(_look_up_async_exit)
+        __aexit__ = AsyncExitLookup(_look_up_async_exit)
 
     def __call__(self, function: Function) -> Function:
         """Decorate a function: each call is a block.

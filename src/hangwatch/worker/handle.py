@@ -23,8 +23,10 @@ class Handle:
 
     __slots__ = ()
 
-    def _timer(self) -> Timer:
-        raise NotImplementedError
+    if TYPE_CHECKING:
+
+        def _timer(self) -> Timer: ...
+        def _leave(self, *exc_info: object) -> None: ...
 
     def renew(self, after: float | None = None) -> None:
         """Give the open block another interval from now on: a heartbeat.
@@ -64,6 +66,28 @@ class Handle:
         if left is None:
             raise not_open()
         return left
+
+
+class ExitLookup(property):
+    """``__exit__``: what ends a block, chosen when it is looked up.
+
+    ``with`` looks it up on the instance before it calls ``__enter__`` (PEP 343), and gets one C
+    call that disarms the slot chosen at that moment. contextlib.ExitStack takes it from the
+    class and calls it with the instance.
+    """
+
+    def __call__(self, block: Handle, *exc_info: object) -> None:
+        """Leave a block that was entered by a call."""
+        block._leave(*exc_info)
+
+
+class AsyncExitLookup(property):
+    """``__aexit__``, which ``async with`` (PEP 492) and AsyncExitStack treat alike."""
+
+    def __call__(self, block: Handle, *exc_info: object) -> Done:
+        """Leave a block that was entered by a call."""
+        block._leave(*exc_info)
+        return Done(None)
 
 
 class Done:
