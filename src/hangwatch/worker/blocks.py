@@ -269,8 +269,10 @@ class PausingBlock:
             raise
 
     def __del__(self) -> None:
-        # An exception at the very entry of `exit`, or a generator that nobody finishes.
-        self._pauses.end(self._slot, self._entry)
+        # An exception at the very entry of `exit`, or a generator that nobody finishes. At the
+        # interpreter's end there may be nothing left to do it with, and nobody to do it for.
+        with contextlib.suppress(Exception):
+            self._pauses.end(self._slot, self._entry)
 
 
 def no_end() -> UnsupportedError:

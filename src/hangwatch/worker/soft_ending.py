@@ -53,8 +53,11 @@ def install(overdue: Overdue) -> int:
     # A program that took the signal since then has it.
     if not _Handler.number or signal.getsignal(_Handler.number) is not _raise:
         _Handler.number = next(iter(free_signals()), 0)
-        if _Handler.number:
-            signal.signal(_Handler.number, _raise)
+        try:
+            if _Handler.number:
+                signal.signal(_Handler.number, _raise)
+        except ValueError:  # a subinterpreter, where no handler can be set
+            _Handler.number = 0
     return _Handler.number
 
 
