@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -255,3 +256,20 @@ def test_version() -> None:
         [sys.executable, "-m", "hangwatch", "--version"], capture_output=True, text=True, check=True
     )
     assert out.stdout == f"hangwatch, version {hangwatch.__version__}\n"
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="no strace to trace with")
+def test_a_kernel_without_pidfds_is_said_at_once(tmp_path: Path) -> None:
+    """strace lets the system call fail as an older kernel would."""
+    result = subprocess.run(
+        [
+            *("strace", "-f", "-o", "/dev/null", "-e", "inject=pidfd_open:error=ENOSYS"),
+            *(sys.executable, "-m", "hangwatch", "serve", "--address", str(tmp_path / "sock")),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "hangwatch needs Linux 5.3 or newer" in result.stderr
+    assert not (tmp_path / "sock").exists()

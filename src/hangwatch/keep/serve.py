@@ -9,6 +9,7 @@ import signal
 import socket
 
 from hangwatch import linux
+from hangwatch.errors import LaunchError
 from hangwatch.handover import Kept
 from hangwatch.keep import address, quiet_log
 from hangwatch.keep.keeper import Keeper
@@ -36,6 +37,7 @@ def serve(
 
     Raises:
         AddressError: it can't listen there.
+        LaunchError: the kernel lacks what nothing can stand in for.
     """
     quiet_log.install()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING_SIGNALS)
@@ -68,6 +70,13 @@ def serve(
 
 def _prepare() -> None:
     linux.name_process("hw-keeper")
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError as error:
+        raise LaunchError(
+            f"no process can be held by a pidfd here ({error.strerror}): hangwatch needs "
+            "Linux 5.3 or newer, and a sandbox that allows pidfd_open"
+        ) from None
     # Ignored, as a launcher may have left it, our children would vanish without a word.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # A terminal's other programs may have set it to stop background writers.
