@@ -254,7 +254,7 @@ class PausingBlock:
         """Begin the pause."""
         self._slot.block = None
         try:
-            self._pauses.begin(self._slot.nest(block))
+            self._pauses.begin(self._slot.nest(block), held_by=self)
         except BaseException:
             self.exit(None, None, None)
             raise
@@ -267,12 +267,6 @@ class PausingBlock:
         except BaseException:  # an interruption: nothing may stay suspended, or lose its time
             self._pauses.end(self._slot, self._entry)
             raise
-
-    def __del__(self) -> None:
-        # An exception at the very entry of `exit`, or a generator that nobody finishes. At the
-        # interpreter's end there may be nothing left to do it with, and nobody to do it for.
-        with contextlib.suppress(Exception):
-            self._pauses.end(self._slot, self._entry)
 
 
 def no_end() -> UnsupportedError:

@@ -7,9 +7,12 @@ moved first, the pause ends after that, so nobody ever sees the one without the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+import weakref
 from collections.abc import Iterator
+from functools import partial
 from time import monotonic
 
 from hangwatch import page
@@ -35,6 +38,9 @@ class Pauses:
         self._lock = threading.RLock()
         self._since = 0.0
         self._pausing: list[tuple[Slot, float]] = []
+        # With a weak reference's callback and no __del__: who ends a pause as usual runs no code
+        # of ours after that, in which an interruption would get lost.
+        self._holders: dict[tuple[int, float], weakref.ref[object]] = {}
         # Where, from, to: made once a pause, so that what was interrupted can be done again.
         self._moves: list[tuple[int, float, float]] | None = None
 
@@ -46,10 +52,18 @@ class Pauses:
         """Return since when the page's timers are suspended; None: they run."""
         return self._since if self.are_open() else None
 
-    def begin(self, slot: Slot) -> None:
-        """Arm a slot whose block pauses; if that raises, `end` it."""
+    def begin(self, slot: Slot, held_by: object) -> None:
+        """Arm a slot whose block pauses; if that raises, `end` it.
+
+        Args:
+            slot: the slot, claimed.
+            held_by: once nobody has this any more, the pause ends: after an exception at the
+                very entry of what would have ended it, for example.
+        """
         with self._lock:
             self._forget_ended()
+            forgotten = partial(self._forgotten, slot, slot.entry)
+            self._holders[slot.index, slot.entry] = weakref.ref(held_by, forgotten)
             if not self._pausing:
                 self._since = monotonic()
                 self._moves = None
@@ -62,6 +76,7 @@ class Pauses:
             return  # a forked child: the pause is its parent's, and so may the lock be
         with self._lock:
             if not slot.is_open(entry):
+                self._holders.pop((slot.index, entry), None)
                 return
             self._forget_ended()
             if self._pausing in ([(slot, entry)], []):
@@ -72,8 +87,14 @@ class Pauses:
                     if self._words[at] == before:
                         self._words[at] = after
             slot.exit(None, None, None)
+            self._holders.pop((slot.index, entry), None)
         # What was suspended may be due before the watcher looks again.
         slot.ring()
+
+    def _forgotten(self, slot: Slot, entry: float, holder: object) -> None:
+        # At the interpreter's end there may be nothing left to do it with.
+        with contextlib.suppress(Exception):
+            self.end(slot, entry)
 
     def _forget_ended(self) -> None:
         self._pausing = [(slot, entry) for slot, entry in self._pausing if slot.is_watched(entry)]
