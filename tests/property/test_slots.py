@@ -411,3 +411,28 @@ def test_tasks_leave_their_own_blocks_by_hand(client: QuietClient) -> None:
         await work(asyncio.Event(), asyncio.Event())
 
     asyncio.run(main())
+
+
+def test_many_threads_enter_one_object_by_a_stack(client: QuietClient) -> None:
+    """Each one's exit is its own, however their calls interleave."""
+    errors: list[BaseException] = []
+
+    def enter(limit: hangwatch.Expiration, together: threading.Barrier) -> None:
+        try:
+            together.wait()
+            for _ in range(20):
+                with contextlib.ExitStack() as stack:
+                    timer = stack.enter_context(limit)
+                    assert timer.remaining() > 50
+        except BaseException as error:
+            errors.append(error)
+
+    with threads_switch_often():
+        for _ in range(30):
+            limit, together = hangwatch.expires(60, "shared"), threading.Barrier(4)
+            threads = [threading.Thread(target=enter, args=(limit, together)) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert (errors, client.armed()) == ([], {})

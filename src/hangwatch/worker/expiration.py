@@ -79,6 +79,8 @@ class _PerThread(threading.local):
 
 
 _local = _PerThread()
+_shared = threading.RLock()
+"""Held while what several threads may change of one Expiration is changed."""
 
 
 def forget_slots() -> None:
@@ -87,7 +89,13 @@ def forget_slots() -> None:
     _local = _PerThread()
 
 
-os.register_at_fork(after_in_child=forget_slots)
+def _after_fork() -> None:
+    global _shared
+    _shared = threading.RLock()
+    forget_slots()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def configure(timer_client: TimerClient | None) -> None:
@@ -248,17 +256,25 @@ class Expiration(Handle):
             slot = self._chosen_here()
             if isinstance(slot, _NoChoice):
                 return self._enter_by_hand()
-        if not isinstance(slot, Slot):
+        armed = slot.nest(self)
+        if isinstance(slot, Slot):
+            if slot is VOID_SLOT:
+                self._open(UNWATCHED)
+            return armed
+        try:
+            # Not before: until it is armed, another thread would take it for one that has ended.
             self._open(slot.timer)
-        elif slot is VOID_SLOT:
-            self._open(UNWATCHED)
-        return slot.nest(self)
+        except BaseException:
+            slot.exit(None, None, None)
+            raise
+        return armed
 
     def _open(self, timer: Timer) -> None:
         """Note a timer that no slot of ours leads to."""
-        opened = getattr(self, "_opened", [])
-        self._opened = [(who, one) for who, one in opened if one.remaining() is not None]
-        self._opened.append((holder(), timer))
+        with _shared:
+            opened = getattr(self, "_opened", [])
+            alive = [(who, one) for who, one in opened if one.remaining() is not None]
+            self._opened = [*alive, (holder(), timer)]
 
     def _chosen_here(self) -> Slot | Block | _NoChoice:
         """Find what this thread's look at ``__exit__`` chose, if there was one before."""
@@ -308,24 +324,29 @@ class Expiration(Handle):
         return claimed
 
     def _enter_by_hand(self) -> Slot:
-        by_hand = self._key
-        if not isinstance(by_hand, ByHand):
-            by_hand = ByHand(by_hand)
-        chosen = self._choose(by_hand.key)
-        note = by_hand.note(chosen.exit)
-        self._key = by_hand
+        key = self._key
+        chosen = self._choose(key.key if isinstance(key, ByHand) else key)
+        with _shared:
+            by_hand = self._key
+            if not isinstance(by_hand, ByHand):
+                by_hand = ByHand(by_hand)
+            note = by_hand.note(chosen.exit)
+            self._key = by_hand
+        begun = isinstance(chosen, Slot)
         try:
             if isinstance(chosen, Slot):
                 # It does not know us: it would keep us alive, and with us its own exit.
                 chosen.block = None
-                self._open(SlotTimer(chosen, chosen.entry))
-            else:
-                self._open(chosen.timer)
             chosen.nest(self).arm()
+            begun = True
+            # Not before: until it is armed, another thread would take it for one that has ended.
+            timer = SlotTimer(chosen, chosen.entry) if isinstance(chosen, Slot) else chosen.timer
+            self._open(timer)
         except BaseException:
-            if isinstance(chosen, Slot):
+            if begun:
                 chosen.exit(None, None, None)
-            by_hand.forget(note)
+            with _shared:
+                by_hand.forget(note)
             raise
         return VOID_SLOT
 
@@ -334,12 +355,13 @@ class Expiration(Handle):
         if unheld is not None:
             unheld.exit(*exc_info)
             return
-        by_hand = self._key
-        if not isinstance(by_hand, ByHand):
-            raise not_entered()
-        end = by_hand.take()
-        if not by_hand.exits:
-            self._key = by_hand.key
+        with _shared:
+            by_hand = self._key
+            if not isinstance(by_hand, ByHand):
+                raise not_entered()
+            end = by_hand.take()
+            if not by_hand.exits:
+                self._key = by_hand.key
         end(*exc_info)
 
 
