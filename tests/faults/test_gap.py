@@ -79,7 +79,7 @@ def test_who_makes_progress_lives(watcher: RunningWatcher, body: str) -> None:
 
 def test_a_block_entered_at_the_last_moment_saves(start_watcher: StartWatcher) -> None:
     """The verdict is void as soon as the worker enters a block, whichever step comes next."""
-    watcher = start_watcher(gap=0.5, grace=20)
+    watcher = start_watcher(gap=0.5, grace=0.7)
     worker = watcher.python(
         "-c",
         """
@@ -89,13 +89,15 @@ def back_to_work(*_):
     timer = hangwatch.expires(60, "back at work"); timer.__enter__()
 signal.signal(signal.SIGTERM, back_to_work)
 with hangwatch.expires(60, "step"): pass
-time.sleep(1000) if False else None
-for _ in range(40): time.sleep(0.05)
+for _ in range(80): time.sleep(0.05)
 timer.__exit__(None, None, None)
 """,
     )
     worker.communicate(timeout=30)
-    assert worker.returncode == 0
+    assert worker.returncode == 0, "no SIGKILL followed"
+    report = watcher.report(pid=worker.pid)
+    assert report["outcome"] == "recovered"
+    assert [action["result"] for action in report["actions"]] == ["sent", "it has entered a block"]
 
 
 def test_only_reported_it_is_said_once_until_there_is_progress(start_watcher: StartWatcher) -> None:
