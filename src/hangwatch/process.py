@@ -88,14 +88,25 @@ class Identity:
             return f"failed: {error.strerror}"
         return "sent"
 
+    def is_theirs(self) -> bool:
+        """Tell whether the process still is of the user that it connected as.
+
+        One that has run a program with the set-user-ID bit may be another's by now, and its
+        user must not have us signal it.
+        """
+        return may_signal(self.uid, self.pid)
+
     def holds(self, descriptor: int, inode: tuple[int, int], native_id: int) -> bool | None:
         """Tell whether the process still has the file `inode` open as `descriptor`.
 
-        A process that exec'd does not: it is another program now, not our worker.
+        A process that exec'd does not: it is another program now, not our worker. Nor is one
+        that is another user's by now, whatever it has open.
 
         Returns:
             None if the kernel won't say.
         """
+        if not self.is_theirs():
+            return False
         # A main thread that has exited has no descriptors to show; its others do.
         for task in (self.pid, native_id):
             try:
@@ -106,3 +117,19 @@ class Identity:
                 return None
             return (status.st_dev, status.st_ino) == inode
         return False
+
+
+def may_signal(uid: int, pid: int) -> bool:
+    """Tell whether user `uid` may signal process `pid`; of our own user the kernel decides later.
+
+    Source: kill(2), for a sender without capabilities.
+    """
+    if uid in (0, os.geteuid()):
+        return True
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as status:
+            words = next(line.split() for line in status if line.startswith("Uid:"))
+    except (OSError, StopIteration):
+        return False
+    real, saved = int(words[1]), int(words[3])
+    return uid in (real, saved)

@@ -198,13 +198,15 @@ def serve(
             ever.
             ``stacks``: whether a worker is asked for its Python stacks.
             ``kill_debugged``: whether a worker under a debugger is treated as any other.
+            ``allow_uids``: other users, numbers or names, whose processes are watched, too;
+            only root can.
 
     Yields:
         The watcher that was started.
 
     Raises:
         ValueError, TypeError: an option is none of what it may be: the caller's fault.
-        LaunchError: the watcher did not become ready.
+        LaunchError: the watcher did not become ready, or may not watch other users' processes.
     """
     server = SharedMemoryTimerServer(on_event=on_event, **options)
     server.start()

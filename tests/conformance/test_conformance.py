@@ -19,6 +19,8 @@ from conformance.theatre import OURS, TORCH, Theatre
 every_case = pytest.mark.parametrize(
     ("row", "pair"), [pytest.param(*case, id=f"{case[0].id}-{case[1]}") for case in CASES]
 )
+# So often may PyTorch keep a promise by chance.
+_CHANCES = 3
 both_pairs = pytest.mark.parametrize("pair", BOTH)
 
 
@@ -43,8 +45,12 @@ def test_ours_keeps_the_promise(row: Row, pair: str, ours: Theatre) -> None:
 @pytest.mark.interop
 @every_case
 def test_pytorch_still_breaks_it(row: Row, pair: str, pytorch: Theatre) -> None:
-    outcome = pytorch.play(row, pair)
-    if outcome.holds:
+    # A race that is lost may be won once, on a machine that is busy at the wrong moment.
+    for _ in range(_CHANCES):
+        outcome = pytorch.play(row, pair)
+        if not outcome.holds:
+            break
+    else:
         pytest.fail(
             f"PyTorch no longer breaks {row.id} ({outcome.figure}): "
             "update docs/migrating-from-torch.md"

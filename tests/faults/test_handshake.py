@@ -8,6 +8,7 @@ import gc
 import mmap
 import os
 import random
+import select
 import socket
 import struct
 import subprocess
@@ -289,13 +290,17 @@ class TestAddresses:
             done = threading.Event()
 
             def accept() -> None:
-                connection, _ = listener.accept()
-                connection.recv(wire.MAX_BYTES)
-                if reply:
-                    connection.send(reply)
-                if reply is None:
-                    done.wait(20)
-                connection.close()
+                # Whoever is hung up on tries again for a while.
+                while not done.is_set():
+                    if not select.select([listener], [], [], 0.05)[0]:
+                        continue
+                    connection, _ = listener.accept()
+                    connection.recv(wire.MAX_BYTES)
+                    if reply:
+                        connection.send(reply)
+                    if reply is None:
+                        done.wait(20)
+                    connection.close()
 
             thread = threading.Thread(target=accept)
             thread.start()

@@ -13,7 +13,7 @@ import click
 import hangwatch
 from hangwatch.errors import HangwatchError
 from hangwatch.folder import REPORT_DIR
-from hangwatch.options import Options, checked_settings
+from hangwatch.options import Options, checked_settings, checked_uid
 from hangwatch.watcher.settings import OnExpiry
 from hangwatch.worker.arguments import LAST_SIGNAL
 
@@ -54,6 +54,18 @@ class _Signal(click.ParamType[int]):
         return number
 
 
+class _User(click.ParamType[int]):
+    name = "uid"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        try:
+            return checked_uid(value if isinstance(value, int) else str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 def _expiry_options(command: _F) -> _F:
     options = [
         click.option(
@@ -91,6 +103,14 @@ def _expiry_options(command: _F) -> _F:
             help="Ask an overdue worker for its Python stacks, by a signal. [default]",
         ),
         click.option("--kill-debugged", is_flag=True, help="Kill also who is under a debugger."),
+        click.option(
+            "--allow-uid",
+            "allow_uids",
+            type=_User(),
+            multiple=True,
+            help="Watch this user's processes, too, a number or a name; only root can. "
+            "May be given more than once.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -140,7 +160,12 @@ def run(command: tuple[str, ...], events: str | None, **options: Unpack[Options]
     from hangwatch.cli.run import run_watched
 
     options["force"] = options["on_expiry"] == OnExpiry.REPORT
-    sys.exit(run_watched(list(command), checked_settings(**options), events))
+    try:
+        settings = checked_settings(**options)
+    except HangwatchError as error:
+        click.echo(f"hangwatch: {error}; the command was not started", err=True)
+        sys.exit(125)
+    sys.exit(run_watched(list(command), settings, events))
 
 
 @main.command()
@@ -165,8 +190,8 @@ def serve(
     """
     from hangwatch.keep.serve import serve as watch
 
-    settings = checked_settings(**options, spared_pid=spare)
     try:
+        settings = checked_settings(**options, spared_pid=spare)
         watch(address, settings, lifeline, events_to)
     except HangwatchError as error:
         raise click.ClickException(str(error)) from None

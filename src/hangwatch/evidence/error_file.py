@@ -53,12 +53,15 @@ def take_rights_of(identity: Identity) -> None:
     """Give up, for good, every right that the worker's user doesn't have.
 
     Raises:
-        OSError: this process may not become that user, or the worker is another's by now.
+        OSError: this process may not become that user, or the worker is another's by now,
+            or it lives among other files than we.
 
     Source: setresuid(2); prctl(2): PR_SET_PDEATHSIG is cleared when credentials change.
     """
     parent = os.getppid()
     uid, gid, groups = proc.credentials(identity.pid)
+    if not proc.sees_our_files(identity.pid):
+        raise PermissionError(None, "in the worker's mount namespace the path is another file's")
     if identity.is_dead() or uid != identity.uid:
         raise PermissionError(None, "the worker has died or has become another user")
     if uid == os.geteuid():

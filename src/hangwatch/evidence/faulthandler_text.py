@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from hangwatch.evidence.model import Frame
 
-_MOST_FRAMES = 100
+# faulthandler writes no more; what does is the worker's own writing.
+_MOST_FRAMES = _MOST_THREADS = 100
 _THREAD = re.compile(
-    r"(?:Current thread|Thread) 0x([0-9a-f]+)(?: \[(.*)\])? \(most recent call first\):"
+    r"(?:Current thread|Thread) 0x([0-9a-f]{1,16})(?: \[(.*)\])? \(most recent call first\):"
 )
 _STACK = "Stack (most recent call first):"
-_FRAME = re.compile(r'  File (?:"(.*)"|(\?\?\?)), line (\d+|\?\?\?) in (.*)')
+_FRAME = re.compile(r'  File (?:"(.*)"|(\?\?\?)), line (\d{1,9}|\?\?\?) in (.*)')
 _ESCAPE = re.compile(r"\\x([0-9a-f]{2})|\\u([0-9a-f]{4})|\\U([0-9a-f]{8})")
 
 
@@ -36,6 +37,9 @@ def parse(text: str) -> tuple[list[Dumped], bool]:
     threads_cut = False
     for line in text.splitlines():
         header = _THREAD.fullmatch(line)
+        if len(threads) == _MOST_THREADS and (header or line == _STACK):
+            threads_cut = True
+            break
         if header:
             threads.append(Dumped(int(header[1], 16), header[2], []))
         elif line == _STACK:
@@ -47,9 +51,11 @@ def parse(text: str) -> tuple[list[Dumped], bool]:
         elif threads and (frame := _FRAME.fullmatch(line)):
             number = int(frame[3]) if frame[3].isdigit() else 0
             file, function = frame[1] or "???", frame[4]
-            threads[-1].frames.append(Frame(_unescape(file), number, _unescape(function)))
+            frames = threads[-1].frames
+            if len(frames) < _MOST_FRAMES:
+                frames.append(Frame(_unescape(file), number, _unescape(function)))
             # Python 3.13 leaves out the mark.
-            threads[-1].cut = len(threads[-1].frames) >= _MOST_FRAMES
+            threads[-1].cut = len(frames) >= _MOST_FRAMES
     return threads, threads_cut
 
 

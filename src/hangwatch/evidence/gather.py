@@ -6,6 +6,7 @@ from time import monotonic, sleep
 
 from hangwatch.evidence import debuggers, proc, stacks
 from hangwatch.evidence.model import Evidence, OtherWorker, Process
+from hangwatch.failpoints import failpoint
 
 
 def gather(asked: stacks.Asked, others: list[OtherWorker]) -> Evidence:
@@ -15,6 +16,7 @@ def gather(asked: stacks.Asked, others: list[OtherWorker]) -> Evidence:
         asked: whose stacks, and how to get them.
         others: what the other workers were doing.
     """
+    failpoint("evidence.gathering")
     pid = asked.identity.pid
     began = monotonic()
     first = proc.readings(pid)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from dataclasses import dataclass
 from time import sleep
@@ -118,6 +120,22 @@ def credentials(pid: int) -> tuple[int, int, list[int]]:
     # Real, effective, saved, file system's.
     uid, gid = (int(lines[name].split()[1]) for name in ("Uid", "Gid"))
     return uid, gid, [int(group) for group in lines["Groups"].split()]
+
+
+def sees_our_files(pid: int) -> bool:
+    """Tell whether a process has our mount namespace and our root: a path is the same file.
+
+    Raises:
+        OSError: /proc doesn't tell, or there is no such process.
+    """
+    for tid in task_ids(pid):
+        # A main thread that has exited has neither any more; the others do.
+        with contextlib.suppress(FileNotFoundError):
+            return all(
+                os.path.samestat(os.stat(f"/proc/{pid}/task/{tid}/{name}"), os.stat(ours))
+                for name, ours in (("ns/mnt", "/proc/self/ns/mnt"), ("root", "/proc/self/root"))
+            )
+    raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
 
 
 def has(mask: int, signal: int) -> bool:

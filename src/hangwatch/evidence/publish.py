@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hangwatch.evidence import report as writing
 from hangwatch.evidence.model import Report
+from hangwatch.failpoints import failpoint
 
 KEPT = 100
 _MOST_THREADS_IN_LOG = 16
@@ -28,6 +29,7 @@ def publish(report: Report, directory: str | None) -> None:
         directory: the report folder, made if need be; None keeps nothing. If it can't
             be written, the log gets the whole report and says why.
     """
+    failpoint("evidence.publishing")
     place: Path | None = None
     problem = ""
     if directory is not None:

@@ -107,13 +107,14 @@ def _dump(
     if tid is None:
         return [], problem
     try:
-        memfd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        memfd = _open(path, asked.inode)
     except OSError as error:
         return [], f"the worker's stack descriptor can't be opened ({error.strerror})"
+    if memfd is None:
+        return [], "the worker's stack descriptor was closed and is another file now"
     try:
-        status = os.fstat(memfd)
-        if (status.st_dev, status.st_ino) != asked.inode:
-            return [], "the worker's stack descriptor was closed and is another file now"
+        if not asked.identity.is_theirs():
+            return [], "the process is another user's by now"
         if asked.identity.is_dead():
             return [], "the process died"
         if not asked.is_overdue():
@@ -134,6 +135,24 @@ def _dump(
     if problem is None and threads_cut:
         problem = f"faulthandler stops at 100; {len(proc.task_ids(pid))} kernel threads run"
     return threads, problem
+
+
+def _open(path: str, inode: tuple[int, int]) -> int | None:
+    """Open a file, if it is that inode: to open another one may already do something.
+
+    Raises:
+        OSError: it can't be opened.
+
+    Source: open(2), O_PATH.
+    """
+    found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        status = os.fstat(found)
+        if (status.st_dev, status.st_ino) != inode:
+            return None
+        return os.open(f"/proc/self/fd/{found}", os.O_RDWR | os.O_CLOEXEC)
+    finally:
+        os.close(found)
 
 
 def who_takes(pid: int, signal: int, tids: list[int]) -> tuple[int | None, str | None]:

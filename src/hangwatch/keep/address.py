@@ -11,6 +11,9 @@ import stat
 from hangwatch.errors import AddressError
 from hangwatch.folder import known_folder
 
+SHARED = "/run/hangwatch-shared"
+"""Where root listens for other users: their way into its own folders is barred."""
+
 LONGEST = 107  # unix(7): sun_path is 108 bytes, the last one NUL
 
 
@@ -25,27 +28,35 @@ def default_directory() -> str:
     return f"{runtime}/hangwatch" if usable else known_folder()
 
 
-def default_address() -> str:
-    """Return where `hangwatch serve` listens if nothing else is said."""
-    return f"{default_directory()}/watcher.sock"
+def default_address(shared: bool = False) -> str:
+    """Return where `hangwatch serve` listens if nothing else is said; see `listen`."""
+    return f"{SHARED if shared else default_directory()}/watcher.sock"
 
 
-def private_address() -> str:
-    """Return an address that no other watcher has."""
+def private_address(shared: bool = False) -> str:
+    """Return an address that no other watcher has; see `listen`."""
     name = f"{os.getpid()}-{secrets.token_hex(4)}.sock"
+    if shared:
+        return f"{SHARED}/{name}"
     path = f"{default_directory()}/{name}"
     return path if len(os.fsencode(path)) <= LONGEST else f"{known_folder()}/{name}"
 
 
-def listen(path: str) -> socket.socket:
+def listen(path: str, shared: bool = False) -> socket.socket:
     """Listen at `path`, which this user alone may connect to.
 
     The folder is made with mode 0700 if it is missing; the socket has mode 0600. What a
     dead watcher left at `path` is replaced.
 
+    Args:
+        path: where.
+        shared: whether everybody may connect, so that the watcher can let in those whom it
+            was told to: modes 0711 and 0666.
+
     Raises:
         AddressError: the path is too long, its folder is somebody else's or open to
-            others, something that is no socket is there, or another watcher listens.
+            others, or closed to them although it is shared, something that is no socket
+            is there, or another watcher listens.
     """
     path = os.path.abspath(path)
     if len(os.fsencode(path)) > LONGEST:
@@ -54,11 +65,11 @@ def listen(path: str) -> socket.socket:
             "give a shorter --address, or set XDG_RUNTIME_DIR to a shorter folder"
         )
     try:
-        check_folder(os.path.dirname(path))
+        check_folder(os.path.dirname(path), shared)
         _remove_dead(path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            umask = os.umask(0o177)
+            umask = os.umask(0o111 if shared else 0o177)
             try:
                 listener.bind(path)
             finally:
@@ -76,15 +87,22 @@ def listen(path: str) -> socket.socket:
     return listener
 
 
-def check_folder(folder: str) -> None:
+def check_folder(folder: str, shared: bool = False) -> None:
     """Make the folder if it is missing, and see that nobody else can put anything there.
 
+    Args:
+        folder: its path.
+        shared: whether others must be able to pass through; they still can't list it.
+
     Raises:
-        AddressError: it is somebody else's, open to others, or no folder.
+        AddressError: it is somebody else's, open to others, closed to them although it is
+            shared, or no folder.
         OSError: it can't be made.
     """
     with contextlib.suppress(FileExistsError):
         os.makedirs(folder, mode=0o700)
+        if shared:
+            os.chmod(folder, 0o711)
     status = os.lstat(folder)
     if not stat.S_ISDIR(status.st_mode):
         raise AddressError(f"{folder} is no folder: give another --address")
@@ -93,11 +111,22 @@ def check_folder(folder: str) -> None:
             f"{folder} belongs to user {status.st_uid}, who could put a false watcher there: "
             "give an --address in a folder of your own"
         )
-    if status.st_mode & 0o077:
+    if status.st_mode & (0o066 if shared else 0o077):
         raise AddressError(
             f"{folder} is open to other users (mode {stat.S_IMODE(status.st_mode):o}): "
-            "chmod 700 it, or give an --address in a folder that is closed to them"
+            f"chmod {711 if shared else 700} it, or give an --address in a folder "
+            f"that {'they can only pass through' if shared else 'is closed to them'}"
         )
+    while shared:
+        # With an ACL the group's bit says whether it lets anybody through; acl(5).
+        if not os.stat(folder).st_mode & 0o011:
+            raise AddressError(
+                f"{folder} is closed to the users that --allow-uid names: "
+                "chmod 711 it, or give an --address that they can reach"
+            )
+        if folder == "/":
+            return
+        folder = os.path.dirname(folder)
 
 
 def _remove_dead(path: str) -> None:

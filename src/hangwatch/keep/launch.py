@@ -6,6 +6,7 @@ import os
 import secrets
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from hangwatch.keep import address
 from hangwatch.watcher.settings import Settings
 
 _READY_WITHIN = 15.0
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
 class WatcherProcess:
@@ -40,7 +42,8 @@ class WatcherProcess:
         at: str | None = None,
         events: int | None = None,
     ) -> None:
-        self.address = os.path.abspath(at or address.private_address())
+        shared = bool(settings.other_users())
+        self.address = os.path.abspath(at or address.private_address(shared))
         arguments = ["--address", self.address, *arguments_of(settings)]
         if events is not None:
             arguments += ["--events-to", str(events)]
@@ -51,6 +54,7 @@ class WatcherProcess:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
             try:
                 ready.bind(f"\0{name}")
+                ready.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
                 self._process = subprocess.Popen(
                     [
                         *(sys.executable, "-P", "-m", "hangwatch", "serve", *arguments),
@@ -115,7 +119,9 @@ class WatcherProcess:
         waited = 0.0
         while waited < _READY_WITHIN:
             try:
-                if b"READY=1" in ready.recv(4096):
+                message, sender, _, _ = ready.recvmsg(4096, socket.CMSG_SPACE(_CREDENTIALS.size))
+                # The name can be read in /proc/net/unix, and any user can send there.
+                if b"READY=1" in message and _is_of_our_user(sender):
                     return
             except TimeoutError:
                 waited += 0.05
@@ -127,6 +133,14 @@ class WatcherProcess:
         self._process.wait()
         self._close()
         raise LaunchError(f"the watcher was not ready within {_READY_WITHIN:g} s")
+
+
+def _is_of_our_user(ancillary: list[tuple[int, int, bytes]]) -> bool:
+    """Tell whether a message's sender has our own user id, by the kernel's word; unix(7)."""
+    return any(
+        kind == socket.SCM_CREDENTIALS and _CREDENTIALS.unpack(data)[1] == os.geteuid()
+        for _, kind, data in ancillary
+    )
 
 
 def arguments_of(settings: Settings) -> list[str]:
@@ -146,6 +160,7 @@ def arguments_of(settings: Settings) -> list[str]:
         "--kill-debugged": settings.kill_debugged,
     }
     given = [word for name, value in options.items() if value for word in (name, value)]
+    given += [word for uid in settings.other_users() for word in ("--allow-uid", str(uid))]
     return given + [name for name, is_set in flags.items() if is_set]
 
 

@@ -10,6 +10,7 @@ import socket
 
 from hangwatch import linux
 from hangwatch.errors import LaunchError
+from hangwatch.failpoints import failpoint
 from hangwatch.handover import Kept
 from hangwatch.keep import address, quiet_log
 from hangwatch.keep.keeper import Keeper
@@ -44,8 +45,9 @@ def serve(
     listener = None if path is not None else take_listener(os.environ)
     ours = None
     if listener is None:
-        ours = os.path.abspath(path or address.default_address())
-        listener = address.listen(ours)
+        shared = bool(settings.other_users())
+        ours = os.path.abspath(path or address.default_address(shared))
+        listener = address.listen(ours, shared)
     launcher = None
     if lifeline is not None:
         os.set_inheritable(lifeline, False)
@@ -103,6 +105,7 @@ def _watch(
 ) -> bool:
     """Be the watcher process; tell, at its end, whether the keeper still lives."""
     linux.name_process("hw-watcher")
+    failpoint("handover.forked")
     quiet_log.install()
     orphaned = False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import functools
 import os
 import socket
 from time import monotonic
@@ -11,7 +12,7 @@ from time import monotonic
 from hangwatch import wire
 from hangwatch.errors import PageError, ProtocolError
 from hangwatch.process import Identity
-from hangwatch.watcher.identity import identify
+from hangwatch.watcher.identity import credentials_of, identify
 from hangwatch.watcher.page_reader import PageReader
 from hangwatch.watcher.watched import Watched
 
@@ -34,16 +35,12 @@ def admit(connection: socket.socket, allowed_uids: frozenset[int]) -> tuple[Watc
             still open, nothing else of it is.
         BlockingIOError: nothing is there to read after all.
     """
+    _check_user(connection, allowed_uids)
     # Read first: a connection that is closed with something unread loses our reply.
     message, descriptors = _receive(connection)
     try:
         identity = identify(connection)
         try:
-            if identity.uid not in allowed_uids:
-                raise ProtocolError(
-                    f"the watcher serves user {', '.join(map(str, sorted(allowed_uids)))}, "
-                    f"this is user {identity.uid}"
-                )
             worker = _take_in(connection, identity, wire.decode_hello(message), descriptors)
             return worker, descriptors.pop(0)
         except BaseException:
@@ -63,6 +60,21 @@ def refuse(connection: socket.socket, reason: str) -> None:
     connection.close()
 
 
+def _check_user(connection: socket.socket, allowed_uids: frozenset[int]) -> None:
+    pid, uid = credentials_of(connection)
+    if pid <= 0 or uid in allowed_uids:  # of pid 0 `identify` says more
+        return
+    # A stranger's hello is read, see `admit`, but its descriptors never become ours: what
+    # closing one does is up to who made it.
+    connection.recv(1, socket.MSG_DONTWAIT)
+    ours = os.geteuid()
+    way = "start it with" if ours == 0 else "start one as root with"
+    raise ProtocolError(
+        f"the watcher serves user {', '.join(map(str, sorted(allowed_uids)))}, this is user {uid}: "
+        f"{way} --allow-uid {uid}, or one as user {uid}"
+    )
+
+
 def _take_in(
     connection: socket.socket, identity: Identity, hello: wire.Hello, descriptors: list[int]
 ) -> Watched:
@@ -77,11 +89,24 @@ def _take_in(
     if hello.stacks is not None:
         status = os.fstat(descriptors[1])
         inode = (status.st_dev, status.st_ino)
+        # It is emptied in the end, with our rights: it must be nobody's file.
+        if status.st_dev != _device_of_memfds():
+            raise ProtocolError("its stack channel is no memfd")
     try:
         reader = PageReader(descriptors[0])
     except PageError as error:
         raise ProtocolError(str(error)) from None
     return Watched(connection, identity, hello, reader, inode)
+
+
+@functools.cache
+def _device_of_memfds() -> int:
+    """Return the device of all memfds; no file that has a path is there. memfd_create(2)."""
+    descriptor = os.memfd_create("hangwatch-device", os.MFD_CLOEXEC)
+    try:
+        return os.fstat(descriptor).st_dev
+    finally:
+        os.close(descriptor)
 
 
 def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:

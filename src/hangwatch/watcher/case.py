@@ -74,7 +74,7 @@ def doing_of(worker: Watched) -> OtherWorker:
     """Say which blocks a worker is inside of right now."""
     reader, now = worker.reader, monotonic()
     armed = reader.armed()
-    pausing = [slot for slot in armed if reader.pauses(slot)]
+    pausing = {slot for slot in armed if reader.pauses(slot)}
     stands_at = min((now - reader.spent(slot, now).inside for slot in pausing), default=now)
     scopes = [
         scope

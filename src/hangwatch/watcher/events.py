@@ -9,7 +9,8 @@ import socket
 from collections import deque
 from typing import TypedDict
 
-MOST_BYTES = 16384
+MOST_BYTES = 65536
+"""As JSON, labels may take four times what they took in the hello."""
 _MOST_WAITING = 10_000
 
 

@@ -8,6 +8,7 @@ import socket
 import struct
 
 from hangwatch.errors import ProtocolError
+from hangwatch.failpoints import failpoint
 from hangwatch.process import Identity, read_stat
 
 _SO_PEERPIDFD = 77  # linux/socket.h, Linux 6.5
@@ -45,6 +46,7 @@ def kernel_gives_pidfds() -> bool:
     one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with one, other:
         try:
+            failpoint("kernel.peer-pidfd")
             os.close(one.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD))
         except OSError:
             return False
@@ -53,6 +55,7 @@ def kernel_gives_pidfds() -> bool:
 
 def _peer_pidfd(connection: socket.socket, pid: int) -> int:
     try:
+        failpoint("kernel.peer-pidfd")
         return connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     except OSError:
         return pidfd_by_number(pid)

@@ -20,7 +20,8 @@ from hangwatch.evidence.gather import gather
 from hangwatch.evidence.model import Action, Evidence, Outcome, Report
 from hangwatch.evidence.report import facts, headline
 from hangwatch.evidence.stacks import Asked
-from hangwatch.process import Identity
+from hangwatch.failpoints import failpoint
+from hangwatch.process import Identity, may_signal
 from hangwatch.watcher.descendants import descendants_of
 from hangwatch.watcher.error_file import ErrorFile
 from hangwatch.watcher.page_reader import ENDED, PAUSED
@@ -92,7 +93,9 @@ class Incident:
     def _run(self) -> Course:
         worker = self.verdict.worker
         try:
+            failpoint("incident.begun")
             yield from self._wait_to_settle()
+            failpoint("incident.settled")
             if self._overdue():
                 yield from self._gather()
             if self._is_spared_as_debugged():
@@ -179,10 +182,12 @@ class Incident:
             self._problems.append(f"evidence: no process can be started ({error.strerror})")
             return
         self.gathering = True
+        failpoint("incident.gathering")
         until = monotonic() + EVIDENCE_WITHIN
         while not helper.done and monotonic() < until:
             yield until
         self.gathering = False
+        failpoint("incident.gathered")
         if not helper.done:
             self._problems.append(f"evidence: not complete within {EVIDENCE_WITHIN:g} s")
             helper.kill()
@@ -200,6 +205,7 @@ class Incident:
             return self._nothing_to_do() or Outcome.REPORTED
         # Before anything is done, so that a report survives us.
         self._start_reporter()
+        failpoint("incident.reporter")
         if ladder.on_expiry is OnExpiry.RAISE:
             outcome = yield from self._raise()
             if outcome is not None:
@@ -212,6 +218,7 @@ class Incident:
             outcome = yield from self._step(signal.SIGKILL, _DEAD_WITHIN)
         if outcome is Outcome.REAPED:
             yield from self._end_tree()
+            failpoint("ladder.ended")
         elif outcome is not None and error_file is not None:
             result = yield from error_file.take_back()
             if result:
@@ -284,13 +291,17 @@ class Incident:
         worker = self.verdict.worker
         if self._around.settings.tree:
             self._find_tree()
+            failpoint("ladder.tree")
         yield from self._wait_out_pause()
         outcome = self._nothing_to_do()
         if outcome is not None:
             return outcome
+        failpoint("ladder.looked")
         if self._reporter is not None:
             self._reporter.about_to_send(number)
+        failpoint("ladder.announced")
         self._note(_name_of(number), worker.identity.send(number))
+        failpoint("ladder.sent")
         self._signalled = True
         # Who leaves the block on SIGTERM may be on its way out: it has the whole grace.
         until = monotonic() + within
@@ -301,6 +312,7 @@ class Incident:
                 return None
             yield min(until, monotonic() + 0.05)
         self._note("confirm", "it is dead")
+        failpoint("ladder.confirmed")
         return Outcome.REAPED
 
     def _find_tree(self) -> None:
@@ -314,9 +326,16 @@ class Incident:
     def _end_tree(self) -> Course:
         spared = self._around.spared(self.verdict.worker)
         ending = [held for held in self._tree.values() if held.pid not in spared]
-        results = {held.pid: held.send(signal.SIGKILL) for held in ending}
+        uid = self.verdict.worker.identity.uid
+        results = {
+            held.pid: held.send(signal.SIGKILL)
+            if may_signal(uid, held.pid)
+            else f"not sent: it is not user {uid}'s"
+            for held in ending
+        }
         until = monotonic() + 1.0
-        while monotonic() < until and not all(held.is_dead() for held in ending):
+        sent = [held for held in ending if results[held.pid] == "sent"]
+        while monotonic() < until and not all(held.is_dead() for held in sent):
             yield monotonic() + 0.005
         for held in ending:
             dead = "it is dead" if held.is_dead() else "it is not dead yet"
@@ -353,11 +372,13 @@ class Incident:
         self.publishing = True
         until = monotonic() + _PUBLISH_WITHIN
         reporter.finish(outcome, self._actions)
+        failpoint("report.finished")
         while not reporter.send_rest() and monotonic() < until:
             yield monotonic() + 0.005
         while not reporter.helper.done and monotonic() < until:
             yield until
         self.publishing = False
+        failpoint("report.out")
         reporter.helper.kill()
         self.told = True
 

@@ -121,6 +121,8 @@ def _send(identity: Identity, number: int, is_overdue: Callable[[], bool]) -> st
         return f"failed: {problem}"
     if identity.is_dead():
         return "failed: it is dead"
+    if not identity.is_theirs():
+        return "failed: it is another user's by now"
     if not is_overdue():
         return "not asked: the block has ended"
     try:

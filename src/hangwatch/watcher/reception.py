@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from time import monotonic
 
 from hangwatch.errors import ProtocolError
+from hangwatch.failpoints import failpoint
 from hangwatch.watcher import admission
 from hangwatch.watcher.keeper_link import KeeperLink
 from hangwatch.watcher.loop import Loop
@@ -93,6 +94,7 @@ class Reception:
                     _log.warning("can't take a newcomer for now: %s", error.strerror)
                     self._loop.remove(self._listener.fileno())
                 return
+            failpoint("handshake.accepted")
             connection.setblocking(False)
             newcomer = _Newcomer(connection, monotonic() + HELLO_WITHIN)
             self._newcomers[connection.fileno()] = newcomer
@@ -110,6 +112,7 @@ class Reception:
         except (ProtocolError, OSError) as error:
             self._dismiss(newcomer, str(error))
             return
+        failpoint("handshake.heard")
         self._forget(newcomer)
         newcomer.worker = worker
         # Said now, since what closes with a hello unread loses our answer.
@@ -122,6 +125,7 @@ class Reception:
             self._answered(worker.number, problem)
         else:
             self._keeper.keep(worker.number, state_of(worker), descriptors_of(worker, page))
+            failpoint("handshake.offered")
             if not self._keeper.alive:
                 self._answered(worker.number, None)
 
@@ -131,6 +135,7 @@ class Reception:
         if newcomer is None or newcomer.worker is None:  # it was waited for too long
             return
         if reason is None:
+            failpoint("handshake.kept")
             self._welcome(newcomer.worker)
         else:
             _log.warning("refused a newcomer: %s", reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from dataclasses import dataclass
 from enum import StrEnum
@@ -84,6 +85,10 @@ class Settings:
     report_dir: str | None = None
     allowed_uids: frozenset[int] = frozenset()
     spared_pid: int = 0
+
+    def other_users(self) -> list[int]:
+        """Return the users besides our own whose processes are watched."""
+        return sorted(self.allowed_uids - {os.geteuid()})
 
     def ladder(self, wishes: Wishes, pid: int) -> Ladder:
         """Decide about a block of process `pid` that overran."""

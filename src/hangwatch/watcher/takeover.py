@@ -122,3 +122,5 @@ def _hung_up(connection: socket.socket) -> bool:
         return not connection.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
     except BlockingIOError:
         return False
+    except ConnectionError:  # it hung up before it had read all that it was told
+        return True

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf
 
+from hangwatch.failpoints import failpoint
 from hangwatch.watcher.page_reader import Armed, Overdue, PageReader
 
 
@@ -54,9 +55,11 @@ def visit(
         comes before it.
     """
     reader.promise(0.0)
+    failpoint("visit.opened")
     fence()
     entries = reader.entries()
     armed = reader.armed()
+    failpoint("visit.read")
     now = clock()
     judgeable = [slot for slot in armed if reader.pauses(slot)] or armed
     times = [(max(slot.deadline, judged.get(slot, 0.0)), slot) for slot in judgeable]
@@ -70,4 +73,5 @@ def visit(
         if moved and index not in busy:
             again = min(again, now + reader.limit(index))
     reader.promise(again)
+    failpoint("visit.promised")
     return Visit(due, bool(armed), entries, again)

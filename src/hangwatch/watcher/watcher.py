@@ -18,6 +18,7 @@ from time import monotonic
 from hangwatch import linux
 from hangwatch.evidence.model import OtherWorker
 from hangwatch.evidence.report import overrun
+from hangwatch.failpoints import failpoint
 from hangwatch.handover import Kept
 from hangwatch.watcher.case import case_of, doing_of
 from hangwatch.watcher.events import Events
@@ -111,7 +112,9 @@ class Watcher:
                 _log.exception("a worker could not be taken over: it runs on unwatched")
                 self.keeper.drop(number)
             else:
+                failpoint("handover.taken")
                 self._watch(worker)
+                failpoint("handover.visited")
                 if worker.welcomed:
                     self._joined += 1
                 else:
@@ -133,6 +136,7 @@ class Watcher:
     def run(self) -> None:
         """Watch until `stop`."""
         self.keeper.ready(len(self._workers))
+        failpoint("handover.ready")
         while not (self._stopping and all(incident.told for incident in self._incidents)):
             self._notice_pause()
             self._awake_by = max(self._next_wake(), monotonic())
@@ -196,6 +200,7 @@ class Watcher:
     def _welcome(self, worker: Watched) -> None:
         """Watch a newcomer that the keeper has taken, and tell it so."""
         self._watch(worker)
+        failpoint("handshake.watched")
         self._answer(worker)
 
     def _watch(self, worker: Watched) -> None:
@@ -211,9 +216,11 @@ class Watcher:
         except OSError:
             self._drop(worker)
         else:
+            failpoint("handshake.answered")
             worker.welcomed = True
             self._joined += 1
             self.keeper.note(worker.number, state_of(worker))
+            failpoint("handshake.noted")
             self._events.tell(coming_or_going("joined", worker))
 
     def _drop(self, worker: Watched) -> None:

@@ -59,35 +59,40 @@ def connect(
     from hangwatch import wire
 
     until = monotonic() + ANSWER_WITHIN
-    connection = _open(address, until)
-    try:
-        _check_owner(connection, address)
-        descriptors = [page_descriptor]
-        if stacks is not None:
-            descriptors.append(stacks.fd)
-        hello = wire.Hello(
-            page_fd=page_descriptor,
-            monotonic=monotonic(),
-            fenced=fenced,
-            labels=labels,
-            command=list(sys.orig_argv),
-            python=".".join(map(str, sys.version_info[:3])),
-            stacks=stacks,
-            error_file=error_file_from(os.environ),
-            pid=os.getpid(),
-            main_ident=threading.main_thread().ident or 0,
-        )
-        answer = _converse(connection, address, wire.encode_hello(hello), descriptors, until)
-        reply = wire.decode_reply(answer)
-        if reply.reason is not None:
-            raise WatcherUnavailableError(
-                f"the watcher at {address} refuses this process: {reply.reason}"
+    descriptors = [page_descriptor] if stacks is None else [page_descriptor, stacks.fd]
+    while True:
+        connection = _open(address, until)
+        try:
+            _check_owner(connection, address)
+            hello = wire.Hello(
+                page_fd=page_descriptor,
+                monotonic=monotonic(),
+                fenced=fenced,
+                labels=labels,
+                command=list(sys.orig_argv),
+                python=".".join(map(str, sys.version_info[:3])),
+                stacks=stacks,
+                error_file=error_file_from(os.environ),
+                pid=os.getpid(),
+                main_ident=threading.main_thread().ident or 0,
             )
-    except BaseException:
+            answer = _converse(connection, address, wire.encode_hello(hello), descriptors, until)
+            if answer:
+                reply = wire.decode_reply(answer)
+                if reply.reason is not None:
+                    raise WatcherUnavailableError(
+                        f"the watcher at {address} refuses this process: {reply.reason}"
+                    )
+                connection.setblocking(False)
+                return WatcherSocket(connection, reply)
+            if monotonic() > until:
+                raise ProtocolError(f"whoever listens at {address} hung up: it is no watcher")
+        except BaseException:
+            connection.close()
+            raise
+        # A watcher that died in the middle of this has a successor before long.
         connection.close()
-        raise
-    connection.setblocking(False)
-    return WatcherSocket(connection, reply)
+        sleep(0.02)
 
 
 class _Socket(socket.socket):
@@ -184,7 +189,8 @@ def _unreachable(address: str, error: OSError) -> AddressError | WatcherUnavaila
         return WatcherUnavailableError(f"nobody listens at {address} any more: {_RETRY}")
     if error.errno in (errno.EACCES, errno.EPERM):
         return WatcherUnavailableError(
-            f"the watcher at {address} belongs to another user: start one of your own"
+            f"the way to {address} is closed to user {os.geteuid()}: start a watcher of your own, "
+            f"or start that one as root with --allow-uid {os.geteuid()}"
         )
     return WatcherUnavailableError(f"can't connect to {address} ({error.strerror}): {_RETRY}")
 
@@ -203,6 +209,7 @@ def _check_owner(connection: socket.socket, address: str) -> None:
 def _converse(
     connection: socket.socket, address: str, hello: bytes, descriptors: list[int], until: float
 ) -> bytes:
+    """Say hello and hear the answer; empty if the other side hung up before it gave one."""
     try:
         connection.settimeout(max(0.01, until - monotonic()))
         socket.send_fds(connection, [hello], descriptors, socket.MSG_NOSIGNAL)
@@ -212,8 +219,8 @@ def _converse(
         raise WatcherUnavailableError(
             f"the watcher at {address} did not answer within {ANSWER_WITHIN:g} s: is it stopped?"
         ) from None
+    except ConnectionError:
+        return b""
     except OSError as error:
         raise _unreachable(address, error) from None
-    if not answer:
-        raise ProtocolError(f"whoever listens at {address} hung up: it is no watcher")
     return answer

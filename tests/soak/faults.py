@@ -1,0 +1,249 @@
+"""What a soak inflicts on the watcher, the workers and the machine, chosen by its seed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from soak.history import Fault
+from support.raw_worker import connect, hello, memfd
+from support.stepped_clock import SteppedClock
+from support.watchers import watcher_below
+
+# How long nobody watches after a kill, and after a stop, and the successor's half second.
+AFTER_KILL, AFTER_STOP = 0.8, 2.0
+WHILE_BUSY = 4.0
+
+RARELY = (
+    "handshake.*=kill%0.004,handshake.*=stop%0.001,"
+    "visit.*=kill%0.0005,visit.*=stop%0.0001,"
+    "incident.*=kill%0.004,incident.*=stop%0.001,"
+    "ladder.*=kill%0.006,ladder.*=stop%0.002,report.*=kill%0.004,"
+    "handover.*=kill%0.002,handover.*=stop%0.0005,"
+    "evidence.gathering=sleep:60%0.03,evidence.gathering=kill%0.03"
+)
+"""The failpoints of a soak: at every step of the watcher, now and then."""
+
+_GARBAGE = """
+import mmap, os, random, socket, sys, time
+from hangwatch import page
+from support.raw_worker import connect, hello, memfd
+descriptor = memfd()
+mapping = mmap.mmap(descriptor, page.PAGE_BYTES)
+with connect(sys.argv[1]) as connection:
+    socket.send_fds(connection, [hello(page_fd=descriptor)], [descriptor])
+    connection.recv(4096)
+    connection.setblocking(False)
+    until = time.monotonic() + 1.5
+    while time.monotonic() < until:
+        at = random.randrange(16, 64 + 20 * page.SLOT_BYTES)
+        mapping[at:at + 64] = random.choice([os.urandom(64), bytes(64), b"\\xff" * 64])
+        try: connection.send(b"!")
+        except OSError: pass
+"""
+_BELL = """
+import socket, sys, time
+from support.raw_worker import connect, hello, memfd
+descriptor = memfd()
+with connect(sys.argv[1]) as connection:
+    socket.send_fds(connection, [hello(page_fd=descriptor)], [descriptor])
+    connection.recv(4096)
+    connection.setblocking(False)
+    until = time.monotonic() + 1.5
+    while time.monotonic() < until:
+        try: connection.send(b"!")
+        except OSError: time.sleep(0.0005)
+"""
+_BUSY = (
+    "import time\nuntil = time.monotonic() + 2.5\nwhile time.monotonic() < until: sum(range(999))"
+)
+
+
+class Injector:
+    """Inflicts one fault after the other.
+
+    Args:
+        rng: chooses them.
+        keeper: the keeper's process id.
+        address: where the watcher listens.
+        reports: a file system of its own, small, or None: it can't be filled then.
+        clock: the wall clock of watcher and workers, or None: it can't be stepped then.
+        living: returns the pids of the workers that the driver started and that live.
+    """
+
+    def __init__(
+        self,
+        rng: random.Random,
+        keeper: int,
+        address: str,
+        reports: Path | None,
+        clock: SteppedClock | None,
+        living: Callable[[], list[int]],
+    ) -> None:
+        self.faults: list[Fault] = []
+        self.killed: set[int] = set()
+        self.hostile: set[int] = set()
+        self._rng = rng
+        self._keeper = keeper
+        self._address = address
+        self._reports = reports
+        self._clock = clock
+        self._living = living
+        self._later: list[tuple[float, Callable[[], None]]] = []
+        self._held: list[socket.socket] = []
+        self._kinds: dict[Callable[[], None], float] = {
+            self._kill_watcher: 3,
+            self._stop_watcher: 1,
+            self._kill_worker: 3,
+            self._stop_worker: 3,
+            self._crowd: 1,
+            self._silent: 1,
+            self._garbage: 1,
+            self._bell: 1,
+            self._busy: 0.5,
+            self._few_descriptors: 0.5,
+        }
+        if reports is not None:
+            self._kinds[self._full_disk] = 0.5
+        if clock is not None:
+            self._kinds[self._step_clock] = 2
+
+    def inflict(self) -> None:
+        """Inflict one fault."""
+        self._rng.choices(list(self._kinds), list(self._kinds.values()))[0]()
+
+    def look_after(self) -> None:
+        """Take back what has lasted long enough."""
+        now = time.monotonic()
+        due = [entry for entry in self._later if entry[0] <= now]
+        self._later = [entry for entry in self._later if entry[0] > now]
+        for _, undo in due:
+            undo()
+
+    def end(self) -> None:
+        """Take everything back."""
+        for _, undo in self._later:
+            undo()
+        self._later = []
+
+    def note(self, kind: str, costs: float = 0.0, pid: int = 0) -> None:
+        """Note a fault."""
+        self.faults.append(Fault(time.monotonic(), kind, costs, pid))
+
+    def _signal_watcher(self, number: int, kind: str, costs: float) -> None:
+        pid = watcher_below(self._keeper)
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+                self.note(kind, costs, pid)
+
+    def _kill_watcher(self) -> None:
+        self._signal_watcher(signal.SIGKILL, "watcher killed", AFTER_KILL)
+
+    def _stop_watcher(self) -> None:
+        self._signal_watcher(signal.SIGSTOP, "watcher stopped", AFTER_STOP)
+
+    def _kill_worker(self) -> None:
+        # Ours, and not waited for yet: nobody else has the number.
+        if living := self._living():
+            pid = self._rng.choice(living)
+            self.killed.add(pid)
+            os.kill(pid, signal.SIGKILL)
+            self.note("worker killed", pid=pid)
+
+    def _stop_worker(self) -> None:
+        if living := self._living():
+            pid = self._rng.choice(living)
+            os.kill(pid, signal.SIGSTOP)
+            self.note("worker stopped", pid=pid)
+
+            def go_on() -> None:
+                if pid in self._living():
+                    os.kill(pid, signal.SIGCONT)
+
+            self._after(self._rng.uniform(0.05, 1.5), go_on)
+
+    def _after(self, seconds: float, undo: Callable[[], None]) -> None:
+        self._later.append((time.monotonic() + seconds, undo))
+
+    def _crowd(self) -> None:
+        page = memfd()
+        for _ in range(50):
+            with contextlib.suppress(OSError):
+                connection = connect(self._address)
+                connection.setblocking(False)
+                self._held.append(connection)
+                socket.send_fds(connection, [hello(page_fd=page)], [page])
+        os.close(page)
+        self.note("crowd of 50")
+        self._after(1.0, self._hang_up)
+
+    def _silent(self) -> None:
+        with contextlib.suppress(OSError):
+            self._held.append(connect(self._address))
+            self._held.append(connect(self._address))
+            self._held[-1].send(b"{")
+        self.note("says nothing, or a byte")
+        self._after(2.5, self._hang_up)
+
+    def _hang_up(self) -> None:
+        for connection in self._held:
+            connection.close()
+        self._held = []
+
+    def _start(self, kind: str, script: str, *arguments: str) -> None:
+        program = [sys.executable, "-c", script, *arguments]
+        pid = os.posix_spawn(sys.executable, program, os.environ)
+        self.hostile.add(pid)
+        self.note(kind, pid=pid)
+
+    def _garbage(self) -> None:
+        self._start("garbage in a page", _GARBAGE, self._address)
+
+    def _bell(self) -> None:
+        self._start("rings for ever", _BELL, self._address)
+
+    def _busy(self) -> None:
+        for _ in range(8):
+            pid = os.posix_spawn(sys.executable, [sys.executable, "-c", _BUSY], os.environ)
+            self.hostile.add(pid)
+        self.note("8 busy processes", WHILE_BUSY)
+
+    def _few_descriptors(self) -> None:
+        pids = [self._keeper, *filter(None, [watcher_below(self._keeper)])]
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                _, most = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+                used = max(map(int, os.listdir(f"/proc/{pid}/fd")))
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 40, most))
+        self.note("few descriptors")
+
+        def undo() -> None:
+            for pid in {self._keeper, *filter(None, [watcher_below(self._keeper)])}:
+                with contextlib.suppress(OSError):
+                    _, most = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+                    resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, most))
+
+        self._after(1.0, undo)
+
+    def _full_disk(self) -> None:
+        assert self._reports is not None
+        filler = self._reports / ".filler"
+        with contextlib.suppress(OSError), open(filler, "wb") as file:
+            while True:
+                file.write(bytes(1 << 16))
+        self.note("full disk")
+        self._after(2.0, lambda: filler.unlink(missing_ok=True))
+
+    def _step_clock(self) -> None:
+        assert self._clock is not None
+        self._clock.step(self._rng.choice([3600, -3600, 0]))
+        self.note("wall clock stepped")

@@ -1,0 +1,282 @@
+"""What happened in a soak: every process's own log, and what the driver saw.
+
+A process writes a record before it does something and another one after, each by one write
+at once, so that a SIGKILL loses nothing that was done. All times are CLOCK_MONOTONIC.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from math import inf
+from time import monotonic
+
+
+@dataclass(slots=True)
+class Record:
+    """One line of a process's log.
+
+    Attributes:
+        at: when it was written.
+        do: ``start`` and ``end`` of a program, and a ``problem`` that it found; ``entering`` and
+            ``entered``, ``leaving`` and ``left``, ``renewing`` and ``renewed``, ``cancelled`` of a
+            block; ``raised`` in one; ``quick``: many blocks that came and went.
+        block: number of the block in its process.
+        scope: its name; of a ``problem``, what it is.
+        limit: in seconds; of a renewal, the new one.
+        on_expiry: what it asks for; None: the server's choice.
+        patience: seconds that may pass, by its own grace, before it is killed.
+        pauses: whether the block is a pause.
+        watched: whether the worker was connected once it had entered.
+        count: of ``quick``: how many blocks.
+        pid, child: of ``start``, and whether another worker forked it; of ``spawned``: a child
+            that is no worker.
+        status: of ``waited``: how the child `pid` ended.
+    """
+
+    at: float
+    do: str
+    block: int = 0
+    scope: str = ""
+    limit: float = 0.0
+    on_expiry: str | None = None
+    patience: float = 0.0
+    pauses: bool = False
+    watched: bool = True
+    count: int = 0
+    pid: int = 0
+    child: bool = False
+    status: int = 0
+
+
+class Log:
+    """The log of this process.
+
+    Args:
+        folder: where the logs of all processes are.
+        child: whether another worker forked this process.
+    """
+
+    def __init__(self, folder: str, child: bool = False) -> None:
+        self.folder = folder
+        name = f"{folder}/{os.getpid()}-{monotonic():.6f}.log"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self._file = os.open(name, flags, 0o600)
+        self.write("start", pid=os.getpid(), child=child)
+
+    def write(self, do: str, **fields: object) -> None:
+        """Write a record."""
+        line = json.dumps({"at": monotonic(), "do": do, **fields}) + "\n"
+        os.write(self._file, line.encode())
+
+    def close(self) -> None:
+        """Close the file, as a fork must that has a log of its own."""
+        os.close(self._file)
+
+
+@dataclass(slots=True)
+class Block:
+    """A block as its process saw it.
+
+    Attributes:
+        earliest, latest: its deadline lies between them, as far as is known by now.
+        entering, entered: it was entered between them; `entered` is infinite if it is unknown.
+        ended: when it was left or cancelled, infinite if it was not.
+        raised: when `TimerExpired` was raised in it.
+        begun: when its renewal, or the leaving of it, began.
+        watched: whether the worker was connected while it was inside.
+        perhaps: when it may have been overdue: from, until.
+        surely: when it was overdue without doubt.
+    """
+
+    scope: str
+    limit: float
+    on_expiry: str | None
+    patience: float
+    pauses: bool
+    entering: float
+    entered: float = inf
+    ended: float = inf
+    raised: float = inf
+    begun: float = inf
+    earliest: float = inf
+    latest: float = inf
+    watched: bool = False
+    perhaps: list[tuple[float, float]] = field(default_factory=list)
+    surely: list[tuple[float, float]] = field(default_factory=list)
+
+    def may_be_overdue(self, when: float, slack: float = 0.0) -> bool:
+        """Tell whether it may have been overdue at `when`, or up to `slack` before."""
+        return any(begin <= when <= end + slack for begin, end in self.perhaps)
+
+    def no_longer_surely(self, when: float) -> None:
+        """Note that whatever was its deadline may not hold from `when` on."""
+        if self.latest < when:
+            self.surely.append((self.latest, when))
+        self.latest = inf
+
+    def no_longer_perhaps(self, when: float) -> None:
+        """Note that whatever was its deadline does not hold from `when` on."""
+        if self.earliest <= when:
+            self.perhaps.append((self.earliest, when))
+        self.earliest = inf
+
+
+@dataclass(slots=True)
+class Life:
+    """One program in one process, from its start to its end, or to an exec.
+
+    Attributes:
+        pid: its process id.
+        started: when its log begins.
+        child: whether another worker forked it.
+        ended: when it was known to be dead, or to have become another program.
+        status: how it ended, negative by a signal; None: by an exec, or unknown.
+        by_us: whether the driver's injector killed it.
+        quick: how many blocks came and went that are not in `blocks`.
+        finished: whether it came to its own end.
+        problems: what it complained of.
+        waited: children that it saw ending: when, who, how.
+        spawned: children that are no workers.
+    """
+
+    pid: int
+    started: float
+    child: bool = False
+    ended: float = inf
+    status: int | None = None
+    by_us: bool = False
+    quick: int = 0
+    finished: bool = False
+    problems: list[str] = field(default_factory=list)
+    waited: list[tuple[float, int, int]] = field(default_factory=list)
+    spawned: list[int] = field(default_factory=list)
+    blocks: dict[int, Block] = field(default_factory=dict)
+
+    def pauses(self) -> list[Block]:
+        """Return the pauses that are open."""
+        return [block for block in self.blocks.values() if block.pauses and block.ended == inf]
+
+    def close(self) -> None:
+        """Come to a conclusion about what was open when the log ended."""
+        pauses = self.pauses()
+        for block in self.blocks.values():
+            if block.ended < inf:
+                continue
+            suspended = [pause for pause in pauses if pause is not block and not block.pauses]
+            if any(block.earliest > pause.entered for pause in suspended):
+                block.earliest = inf
+            if suspended:
+                block.no_longer_surely(min(pause.entering for pause in suspended))
+            block.no_longer_perhaps(inf)
+            block.no_longer_surely(inf)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something that the injector did, or that befell the watcher, and what it may cost.
+
+    Attributes:
+        costs: seconds by which it may delay the end of what is overdue around it.
+    """
+
+    at: float
+    kind: str
+    costs: float
+    pid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """What the watcher said of an expiry, by an event or a report; `at` is when it was heard."""
+
+    at: float
+    pid: int
+    scope: str
+    outcome: str
+
+
+@dataclass(slots=True)
+class History:
+    """All that there is to judge."""
+
+    lives: list[Life] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    statements: list[Statement] = field(default_factory=list)
+    leaks: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+
+def life_of(lines: list[str]) -> Life | None:
+    """Read one log, None if nothing stands in it.
+
+    A last line that a kill cut short does not count.
+    """
+    life = None
+    for line in lines:
+        if line.endswith("\n"):
+            record = Record(**json.loads(line))
+            if life is None:
+                life = Life(record.pid, record.at, record.child)
+            else:
+                _take(life, record)
+    if life is not None:
+        life.close()
+    return life
+
+
+def _take(life: Life, record: Record) -> None:
+    now = record.at
+    if record.do == "entering":
+        life.blocks[record.block] = Block(
+            *(record.scope, record.limit, record.on_expiry, record.patience, record.pauses, now),
+            earliest=now + record.limit,
+        )
+    elif record.do == "quick":
+        life.quick += record.count
+    elif record.do == "end":
+        life.finished = True
+    elif record.do == "spawned":
+        life.spawned.append(record.pid)
+    elif record.do == "waited":
+        life.waited.append((now, record.pid, record.status))
+    elif record.do == "problem":
+        life.problems.append(record.scope)
+    block = life.blocks.get(record.block)
+    if block is None:
+        return
+    if record.do == "entered":
+        block.entered, block.latest, block.watched = now, now + block.limit, record.watched
+    elif record.do == "renewing":
+        block.no_longer_surely(now)
+        block.begun = now
+    elif record.do == "renewed":
+        block.no_longer_perhaps(now)
+        block.earliest, block.latest = block.begun + record.limit, now + record.limit
+    elif record.do == "raised":
+        block.raised = now
+    elif record.do == "leaving":
+        block.no_longer_surely(now)
+        block.begun = now
+    elif record.do in ("left", "cancelled"):
+        block.no_longer_surely(now)
+        block.no_longer_perhaps(now)
+        block.ended = now
+        if block.pauses and not life.pauses():
+            _give_back(life, block)
+
+
+def _give_back(life: Life, pause: Block) -> None:
+    """Move the deadlines of what a pause suspended, now that it has ended."""
+    for block in life.blocks.values():
+        if block.ended < inf or block.pauses:
+            continue
+        if block.latest <= pause.entering:
+            # Overdue before it, and so again after it.
+            block.surely.append((block.latest, pause.entering))
+            block.latest = pause.ended
+        else:
+            block.latest += pause.ended - max(pause.entering, block.entering)
+        if block.earliest > pause.entered:
+            block.earliest += max(0.0, pause.begun - max(pause.entered, block.entered))

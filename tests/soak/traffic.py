@@ -1,0 +1,298 @@
+"""A worker of the soak: `python -m soak.traffic FOLDER SEED ACTS` plays acts and logs them."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import hangwatch
+from hangwatch.worker.client import client_at
+from hangwatch.worker.handle import Handle
+from soak.history import Log
+
+LONG = 60.0
+
+
+class Traffic:
+    """What one worker does.
+
+    Args:
+        folder: where its log goes.
+        seed: chooses the acts.
+        child: whether another worker forked it.
+    """
+
+    def __init__(self, folder: str, seed: int, child: bool = False) -> None:
+        self.log = Log(folder, child)
+        self.rng = random.Random(seed)
+        self._numbers = itertools.count(1)
+        self._client = client_at(os.environ["HANGWATCH_ADDRESS"])
+
+    def play(self, acts: int) -> None:
+        """Play so many acts, and end; some of them end it."""
+        self.quick()
+        before = self._open_now()
+        for _ in range(acts):
+            self.rng.choices(list(_ACTS), list(_ACTS.values()))[0](self)
+        after = self._open_now()
+        if self._client.is_connected and after > before:
+            self.log.write("problem", scope=f"descriptors and threads: {before}, then {after}")
+        self.log.write("end")
+
+    def _open_now(self) -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    @contextmanager
+    def logged(self, scope: str, limit: float, pauses: bool = False) -> Iterator[Handle]:
+        """Enter a block that is left to the server's choice, and log every step of it."""
+        number = next(self._numbers)
+        block = hangwatch.paused(scope, limit) if pauses else hangwatch.expires(limit, scope)
+        self.log.write("entering", block=number, scope=scope, limit=limit, pauses=pauses)
+        with block as timer:
+            self.log.write("entered", block=number, watched=self._client.is_connected)
+            self.number = number
+            yield timer
+            self.log.write("leaving", block=number)
+        self.log.write("left", block=number)
+
+    def unique(self, name: str) -> str:
+        """Return a scope that no other block of this process has."""
+        return f"{name}-{next(self._numbers)}"
+
+    # -- acts of those who are well
+
+    def quick(self) -> None:
+        """Many blocks, quickly."""
+        count = self.rng.randrange(100, 2000)
+        for _ in range(count):
+            with hangwatch.expires(LONG, "quick"):
+                pass
+        self.log.write("quick", count=count)
+
+    def nest(self) -> None:
+        """Blocks within blocks, of long and of short limits."""
+        self._nest(self.rng.randrange(1, 5))
+
+    def _nest(self, depth: int) -> None:
+        with self.logged(self.rng.choice("abc"), self.rng.choice([3.0, LONG])):
+            time.sleep(self.rng.uniform(0, 0.05))
+            if depth > 1:
+                self._nest(depth - 1)
+
+    def heartbeat(self) -> None:
+        """A block that is renewed in time, for longer than its limit."""
+        with self.logged(self.unique("heartbeat"), 2.0) as timer:
+            number = self.number
+            for _ in range(10):
+                time.sleep(0.25)
+                self.log.write("renewing", block=number)
+                timer.renew()
+                self.log.write("renewed", block=number, limit=2.0)
+
+    def cancel(self) -> None:
+        """A block that is cancelled before its limit, and stays."""
+        with self.logged(self.unique("cancel"), 1.0) as timer:
+            timer.cancel()
+            self.log.write("cancelled", block=self.number)
+            time.sleep(1.3)
+
+    def pause(self) -> None:
+        """A pause that takes longer than what it suspends may."""
+        with self.logged(self.unique("suspended"), 1.0):
+            with self.logged(self.unique("pause"), 20, pauses=True):
+                if self.rng.random() < 0.5:
+                    with self.logged(self.unique("inner pause"), 20, pauses=True):
+                        time.sleep(0.5)
+                with self.logged(self.unique("in a pause"), 0.5):
+                    time.sleep(1.0)
+            time.sleep(0.02)
+
+    def threads(self) -> None:
+        """Blocks in three threads."""
+        threads = [threading.Thread(target=self._nest, args=(3,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def tasks(self) -> None:
+        """Five asyncio tasks in the same line."""
+
+        async def task() -> None:
+            async with hangwatch.expires(LONG, "task"):
+                await asyncio.sleep(self.rng.uniform(0, 0.05))
+
+        async def main() -> None:
+            await asyncio.gather(*(task() for _ in range(5)))
+
+        asyncio.run(main())
+        self.log.write("quick", count=5)
+
+    def late(self) -> None:
+        """A block that ends about when its deadline passes."""
+        with self.logged(self.unique("late"), 0.3):
+            time.sleep(0.3 + self.rng.uniform(-0.02, 0.02))
+
+    def report(self) -> None:
+        """A block that overruns and is only reported."""
+        with self.wanting("report", self.rng.uniform(0.1, 0.5)):
+            time.sleep(2.0)
+
+    # -- acts that start or become another process
+
+    def fork(self) -> None:
+        """A child that is a worker itself."""
+        seed = self.rng.randrange(2**32)
+        with self.logged("waits for a child", LONG):
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    self.log.close()
+                    Traffic(self.log.folder, seed, child=True).play(2)
+                    status = 0
+                finally:
+                    sys.stderr.flush()
+                    os._exit(status)
+            _, status = os.waitpid(child, 0)
+        self.log.write("waited", pid=child, status=os.waitstatus_to_exitcode(status))
+
+    def execute(self) -> None:
+        """Another program in this process; what the old one armed must not end it."""
+        seed = str(self.rng.randrange(2**32))
+        with self.logged(self.unique("exec"), 0.5):
+            os.execv(
+                sys.executable, [sys.executable, "-m", "soak.traffic", self.log.folder, seed, "2"]
+            )
+
+    def exit(self) -> None:
+        """An end inside of a block."""
+        with self.logged("exit", 0.5):
+            self.log.write("end")
+            if self.rng.random() < 0.5:
+                sys.exit(0)
+            os._exit(0)
+
+    # -- acts that end badly
+
+    def hang(self) -> None:
+        """A hang, in one of several ways, with or without a grace or children."""
+        how = self.rng.choice([_in_c, _in_a_lock, _in_a_loop, _asleep])
+        if self.rng.random() < 0.3:
+            child = subprocess.Popen(["sleep", "1000"])
+            self.log.write("spawned", pid=child.pid)
+        choice = self.rng.random()
+        if choice < 0.3:
+            signal.signal(signal.SIGTERM, self.rng.choice([signal.SIG_IGN, signal.SIG_DFL]))
+            with self.wanting("reap", self.rng.uniform(0.1, 1.5), grace=0.5) as watched:
+                if watched:
+                    how()
+        elif choice < 0.5:
+            self._in_two_threads(how)
+        else:
+            with self.wanting(None, self.rng.uniform(0.1, 1.5)) as watched:
+                if watched:
+                    how()
+
+    def _in_two_threads(self, how: Callable[[], None]) -> None:
+        thread = threading.Thread(target=how, daemon=True)
+        with self.wanting(None, self.rng.uniform(0.1, 1.5)) as watched:
+            if watched:
+                thread.start()
+                _asleep()
+
+    def raised(self) -> None:
+        """A block that is ended from inside, unless it is stuck in C."""
+        how = _in_c if self.rng.random() < 0.3 else _in_short_sleeps
+        with self.wanting("raise", self.rng.uniform(0.1, 0.6), grace=1.0) as watched:
+            if watched:
+                how()
+
+    @contextmanager
+    def wanting(
+        self, on_expiry: str | None, limit: float, grace: float | None = None
+    ) -> Iterator[bool]:
+        """Enter a block that says what is to happen, and log every step of it.
+
+        Yields whether anybody watches: else nobody would end a hang.
+        """
+        number, scope = next(self._numbers), self.unique(on_expiry or "hang")
+        self.log.write(
+            "entering",
+            block=number,
+            scope=scope,
+            limit=limit,
+            on_expiry=on_expiry,
+            # After what is raised, and after the first signal.
+            patience=2 * (grace or 0.0),
+        )
+        try:
+            with hangwatch.expires(limit, scope, on_expiry=on_expiry, grace=grace):
+                watched = self._client.is_connected
+                self.log.write("entered", block=number, watched=watched)
+                yield watched
+                self.log.write("leaving", block=number)
+        except hangwatch.TimerExpired:
+            # It came inside: only the end of the block has let it through.
+            self.log.write("raised", block=number)
+        self.log.write("left", block=number)
+
+
+_never, _unwritten = os.pipe()
+
+
+def _in_c() -> None:
+    ctypes.PyDLL(None).read(_never, ctypes.create_string_buffer(1), 1)
+
+
+def _in_a_lock() -> None:
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+
+
+def _in_a_loop() -> None:
+    until = time.monotonic() + 1000
+    while time.monotonic() < until:
+        sum(range(100))
+
+
+def _asleep() -> None:
+    time.sleep(1000)
+
+
+def _in_short_sleeps() -> None:
+    for _ in range(100_000):
+        time.sleep(0.01)
+
+
+_ACTS: dict[Callable[[Traffic], None], float] = {
+    Traffic.quick: 4,
+    Traffic.nest: 4,
+    Traffic.heartbeat: 1,
+    Traffic.cancel: 1,
+    Traffic.pause: 2,
+    Traffic.threads: 2,
+    Traffic.tasks: 2,
+    Traffic.late: 2,
+    Traffic.report: 0.5,
+    Traffic.fork: 1,
+    Traffic.execute: 1,
+    Traffic.exit: 0.7,
+    Traffic.hang: 1.5,
+    Traffic.raised: 1,
+}
+
+
+if __name__ == "__main__":
+    Traffic(sys.argv[1], int(sys.argv[2])).play(int(sys.argv[3]))
