@@ -143,7 +143,9 @@ def decode_hello(message: bytes) -> Hello:
             python=str(fields.get("python", ""))[:_MAX_TEXT],
             stacks=None
             if not isinstance(stacks, dict)
-            else StackChannel(*(_number(stacks[key]) for key in ("fd", "own", "all"))),
+            else StackChannel(
+                _number(stacks["fd"]), *(_signal(stacks[key]) for key in ("own", "all"))
+            ),
             error_file=error_file,
             pid=_number(fields.get("pid", 0)),
             main_ident=_ident(fields.get("main_ident", 0)),
@@ -202,6 +204,13 @@ def _number(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
         raise ValueError(f"not a small whole number: {value!r:.40}")
     return value
+
+
+def _signal(value: object) -> int:
+    number = _number(value)
+    if number == 0:
+        raise ValueError("not a signal: 0")
+    return number
 
 
 def _ident(value: object) -> int:
