@@ -32,7 +32,7 @@ from hangwatch.watcher.events import Event
 from soak import faults
 from soak.checker import Checker, summary
 from soak.faults import Injector
-from soak.history import History, Life, Statement, life_of
+from soak.history import Fault, History, Life, Statement, life_of
 from support.namespaces import prefix
 from support.stepped_clock import SteppedClock
 from support.watchers import watcher_below
@@ -165,9 +165,12 @@ class Soak:
             statement = Statement(now, event["pid"], event["scope"], event["event"])
             self.history.statements.append(statement)
         elif event["event"] == "restarted":
-            self.injector.note("watcher lost", faults.AFTER_STOP)
+            self._note("watcher lost", faults.AFTER_STOP)
         elif event["event"] == "stalled":
-            self.injector.note("stalled", event["for_s"])
+            self._note("stalled", event["for_s"])
+
+    def _note(self, kind: str, costs: float) -> None:
+        self.history.faults.append(Fault(time.monotonic(), kind, costs))
 
     def _read_reports(self) -> None:
         for path in self._reports.glob("[!.]*"):
@@ -220,7 +223,7 @@ class Soak:
             history.errors += [f"in {name}: {line}" for line in found]
         hostile = self.injector.hostile
         history.statements[:] = [said for said in history.statements if said.pid not in hostile]
-        history.faults = self.injector.faults
+        history.faults += self.injector.faults
         lives = [life_of(path.read_text().splitlines(True)) for path in self._logs.iterdir()]
         history.lives = [life for life in lives if life is not None]
         self._bury()
@@ -303,11 +306,10 @@ def main(seconds: float, seed: int) -> int:
         print(f"{seconds:g} s, seed {seed}: {summary(soak.history, checker, problems)}")
         for problem in problems[:30]:
             print(f"  {problem}")
-        if problems:
-            kept = Path("build") / f"soak-{seed}"
-            shutil.rmtree(kept, ignore_errors=True)
-            shutil.copytree(folder, kept, ignore=lambda folder, names: {"sock"} & set(names))
-            print(f"  everything that was logged is in {kept}")
+        kept = Path("build") / f"soak-{seed}"
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(folder, kept, ignore=lambda folder, names: {"sock"} & set(names))
+        print(f"what everybody logged: {kept}")
         subprocess.run(["umount", "-q", str(folder / "reports")], check=False, capture_output=True)
     return int(bool(problems))
 

@@ -23,11 +23,11 @@ AFTER_KILL, AFTER_STOP = 0.8, 2.0
 WHILE_BUSY = 4.0
 
 RARELY = (
-    "handshake.*=kill%0.004,handshake.*=stop%0.001,"
-    "visit.*=kill%0.0005,visit.*=stop%0.0001,"
-    "incident.*=kill%0.004,incident.*=stop%0.001,"
-    "ladder.*=kill%0.006,ladder.*=stop%0.002,report.*=kill%0.004,"
-    "handover.*=kill%0.002,handover.*=stop%0.0005,"
+    "handshake.*=kill%0.002,handshake.*=stop%0.0005,"
+    "visit.*=kill%0.0001,visit.*=stop%0.00003,"
+    "incident.*=kill%0.002,incident.*=stop%0.0005,"
+    "ladder.*=kill%0.003,ladder.*=stop%0.001,report.*=kill%0.003,"
+    "handover.*=kill%0.001,handover.*=stop%0.0003,"
     "evidence.gathering=sleep:60%0.03,evidence.gathering=kill%0.03"
 )
 """The failpoints of a soak: at every step of the watcher, now and then."""

@@ -41,16 +41,17 @@ class Traffic:
     def play(self, acts: int) -> None:
         """Play so many acts, and end; some of them end it."""
         self.quick()
-        before = self._open_now()
+        connected, before = self._client.is_connected, self._open_now()
         for _ in range(acts):
             self.rng.choices(list(_ACTS), list(_ACTS.values()))[0](self)
         after = self._open_now()
-        if self._client.is_connected and after > before:
-            self.log.write("problem", scope=f"descriptors and threads: {before}, then {after}")
+        if connected and len(after) > len(before):
+            self.log.write("problem", scope=f"open before: {before}, then: {after}")
         self.log.write("end")
 
-    def _open_now(self) -> tuple[int, int]:
-        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+    def _open_now(self) -> list[str]:
+        """Return the descriptors and the threads of this process."""
+        return [*os.listdir("/proc/self/fd"), *os.listdir("/proc/self/task")]
 
     @contextmanager
     def logged(self, scope: str, limit: float, pauses: bool = False) -> Iterator[Handle]:
@@ -161,6 +162,8 @@ class Traffic:
                     self.log.close()
                     Traffic(self.log.folder, seed, child=True).play(2)
                     status = 0
+                except SystemExit:
+                    status = 0
                 finally:
                     sys.stderr.flush()
                     os._exit(status)
@@ -189,8 +192,7 @@ class Traffic:
         """A hang, in one of several ways, with or without a grace or children."""
         how = self.rng.choice([_in_c, _in_a_lock, _in_a_loop, _asleep])
         if self.rng.random() < 0.3:
-            child = subprocess.Popen(["sleep", "1000"])
-            self.log.write("spawned", pid=child.pid)
+            how = self._with_a_child(how)
         choice = self.rng.random()
         if choice < 0.3:
             signal.signal(signal.SIGTERM, self.rng.choice([signal.SIG_IGN, signal.SIG_DFL]))
@@ -203,6 +205,14 @@ class Traffic:
             with self.wanting(None, self.rng.uniform(0.1, 1.5)) as watched:
                 if watched:
                     how()
+
+    def _with_a_child(self, how: Callable[[], None]) -> Callable[[], None]:
+        def hang() -> None:
+            child = subprocess.Popen(["sleep", "1000"])
+            self.log.write("spawned", pid=child.pid)
+            how()
+
+        return hang
 
     def _in_two_threads(self, how: Callable[[], None]) -> None:
         thread = threading.Thread(target=how, daemon=True)

@@ -11,6 +11,15 @@ import pytest
 
 _UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 
+# In a user namespace we are root, and the true root may have a folder of that name.
+OWN_FOLDER = """
+import os, subprocess
+from hangwatch.folder import known_folder
+if os.path.exists(known_folder()) and os.stat(known_folder()).st_uid != os.geteuid():
+    mount = ["mount", "-t", "tmpfs", "-o", "mode=700", "hangwatch", known_folder()]
+    subprocess.run(mount, check=True)
+"""
+
 
 @functools.cache
 def prefix() -> list[str] | None:
@@ -34,7 +43,7 @@ def run_alone(script: str, *arguments: str) -> str:
     if command is None:
         pytest.skip("no pid namespaces: neither root nor user namespaces")
     path = [entry for entry in sys.path if entry.endswith("tests")]
-    program = f"import sys; sys.path[:0] = {path!r}\n{script}"
+    program = f"import sys; sys.path[:0] = {path!r}\n{OWN_FOLDER}\n{script}"
     result = subprocess.run(
         [*command, sys.executable, "-c", program, *arguments],
         capture_output=True,

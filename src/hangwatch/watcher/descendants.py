@@ -1,13 +1,20 @@
-"""The processes below a worker, found at the moment of the kill."""
+"""The processes below a worker, found at the moment of the kill, and their end."""
 
 from __future__ import annotations
 
 import os
+import signal
 from collections import defaultdict
-from collections.abc import Set
+from collections.abc import Callable, Generator, Iterable, Set
 from time import monotonic
 
-from hangwatch.process import Identity, read_stat
+from hangwatch.process import Identity, may_signal, read_stat
+
+Doomed = tuple[int, int]
+"""A process that dies with a worker: its pid, and its start in ticks since boot."""
+
+_MOST_DOOMED = 256
+_DEAD_WITHIN = 1.0
 
 # With many incidents at once, one look at all processes serves those of a moment.
 _SNAPSHOT_LASTS = 0.05
@@ -60,6 +67,66 @@ def descendants_of(pid: int, spare: Set[int]) -> list[Identity]:
                 if held is not None:
                     found.append(held)
     return found
+
+
+class Tree:
+    """The descendants of one worker, held from when they were found until they are dead."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Identity] = {}
+
+    def look(self, pid: int, spare: Set[int]) -> list[Doomed]:
+        """Find those that there are now; return all that were found so far, up to a number."""
+        for found in descendants_of(pid, spare):
+            if found.pid in self._held and not self._held[found.pid].is_dead():
+                os.close(found.pidfd)
+            else:
+                self._held[found.pid] = found
+        return [(held.pid, held.start_ticks) for held in self._held.values()][:_MOST_DOOMED]
+
+    def end(
+        self, uid: int, spare: Set[int], note: Callable[[str, str], None]
+    ) -> Generator[float, None, None]:
+        """Kill them, and wait until they are dead.
+
+        Args:
+            uid: the worker's user, who must be theirs.
+            spare: processes that are left alone by now.
+            note: told what was done about each.
+        """
+        ending = [held for held in self._held.values() if held.pid not in spare]
+        results = {held.pid: _kill(held, uid) for held in ending}
+        sent = [held for held in ending if results[held.pid] == "sent"]
+        until = monotonic() + _DEAD_WITHIN
+        while monotonic() < until and not all(held.is_dead() for held in sent):
+            yield monotonic() + 0.005
+        for held in ending:
+            dead = "it is dead" if held.is_dead() else "it is not dead yet"
+            note(f"SIGKILL to descendant {held.pid}", f"{results[held.pid]}; {dead}")
+
+    def close(self) -> None:
+        """Let go of them."""
+        for held in self._held.values():
+            os.close(held.pidfd)
+        self._held = {}
+
+
+def end_doomed(doomed: Iterable[Doomed], uid: int, spare: Set[int]) -> list[int]:
+    """Kill what was to die with a worker that is dead; return whom that hit."""
+    hit = []
+    for pid, start_ticks in doomed:
+        held = None if pid in spare else _hold(pid, start_ticks)
+        if held is not None:
+            if _kill(held, uid) == "sent":
+                hit.append(pid)
+            os.close(held.pidfd)
+    return hit
+
+
+def _kill(held: Identity, uid: int) -> str:
+    if not may_signal(uid, held.pid):
+        return f"not sent: it is not user {uid}'s"
+    return held.send(signal.SIGKILL)
 
 
 def _hold(pid: int, start_ticks: int) -> Identity | None:

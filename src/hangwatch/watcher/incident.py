@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import pickle
 import signal
 from collections.abc import Generator
@@ -21,8 +20,7 @@ from hangwatch.evidence.model import Action, Evidence, Outcome, Report
 from hangwatch.evidence.report import facts, headline
 from hangwatch.evidence.stacks import Asked
 from hangwatch.failpoints import failpoint
-from hangwatch.process import Identity, may_signal
-from hangwatch.watcher.descendants import descendants_of
+from hangwatch.watcher.descendants import Tree
 from hangwatch.watcher.error_file import ErrorFile
 from hangwatch.watcher.page_reader import ENDED, PAUSED
 from hangwatch.watcher.raising import SoftEnding
@@ -76,7 +74,7 @@ class Incident:
         self._signalled = False
         self._debugger: str | None = None
         self._paused = False
-        self._tree: dict[int, Identity] = {}
+        self._tree = Tree()
         self._course = self._run()
 
     def resume(self) -> None:
@@ -121,8 +119,7 @@ class Incident:
             worker.busy = False
             if self._reporter is not None:
                 self._reporter.hang_up()
-            for held in self._tree.values():
-                os.close(held.pidfd)
+            self._tree.close()
 
     def _wait_to_settle(self) -> Course:
         settle = self._settle
@@ -289,14 +286,18 @@ class Incident:
 
     def _step(self, number: int, within: float) -> Generator[float, None, Outcome | None]:
         worker = self.verdict.worker
+        doomed = []
         if self._around.settings.tree:
-            self._find_tree()
+            doomed = self._tree.look(worker.identity.pid, self._around.spared(worker))
             failpoint("ladder.tree")
         yield from self._wait_out_pause()
         outcome = self._nothing_to_do()
         if outcome is not None:
             return outcome
         failpoint("ladder.looked")
+        if doomed:
+            worker.doomed = doomed
+            self._around.keep_in_mind(worker)
         if self._reporter is not None:
             self._reporter.about_to_send(number)
         failpoint("ladder.announced")
@@ -315,31 +316,9 @@ class Incident:
         failpoint("ladder.confirmed")
         return Outcome.REAPED
 
-    def _find_tree(self) -> None:
-        worker = self.verdict.worker
-        for found in descendants_of(worker.identity.pid, self._around.spared(worker)):
-            if found.pid in self._tree and not self._tree[found.pid].is_dead():
-                os.close(found.pidfd)
-            else:
-                self._tree[found.pid] = found
-
     def _end_tree(self) -> Course:
-        spared = self._around.spared(self.verdict.worker)
-        ending = [held for held in self._tree.values() if held.pid not in spared]
-        uid = self.verdict.worker.identity.uid
-        results = {
-            held.pid: held.send(signal.SIGKILL)
-            if may_signal(uid, held.pid)
-            else f"not sent: it is not user {uid}'s"
-            for held in ending
-        }
-        until = monotonic() + 1.0
-        sent = [held for held in ending if results[held.pid] == "sent"]
-        while monotonic() < until and not all(held.is_dead() for held in sent):
-            yield monotonic() + 0.005
-        for held in ending:
-            dead = "it is dead" if held.is_dead() else "it is not dead yet"
-            self._note(f"SIGKILL to descendant {held.pid}", f"{results[held.pid]}; {dead}")
+        worker = self.verdict.worker
+        yield from self._tree.end(worker.identity.uid, self._around.spared(worker), self._note)
 
     def _note(self, action: str, result: str) -> None:
         self._actions.append(Action(action, round(monotonic() - self.verdict.at, 6), result))

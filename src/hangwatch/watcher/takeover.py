@@ -15,6 +15,7 @@ from math import inf
 from hangwatch import wire
 from hangwatch.handover import Kept
 from hangwatch.process import Identity, read_stat
+from hangwatch.watcher.descendants import Doomed
 from hangwatch.watcher.events import Event
 from hangwatch.watcher.identity import credentials_of, identify, kernel_gives_pidfds
 from hangwatch.watcher.page_reader import Armed, PageReader
@@ -28,12 +29,21 @@ class HasLeft(Exception):  # noqa: N818  # news, no error
     """A worker has ended while nobody watched, or has hung up.
 
     Attributes:
-        event: what is to be told of it.
+        event: what is to be told of it; None: it was told.
+        uid: its user.
+        doomed: who was to die with it; nobody if it is not dead.
     """
 
-    def __init__(self, pid: int, labels: dict[str, str]) -> None:
-        super().__init__(pid)
-        self.event: Event = {"event": "left", "at": time.time(), "pid": pid, "labels": labels}
+    def __init__(
+        self, identity: Identity, labels: dict[str, str], told: bool, doomed: list[Doomed]
+    ) -> None:
+        super().__init__(identity.pid)
+        pid, now = identity.pid, time.time()
+        self.event: Event | None = None
+        if not told:
+            self.event = {"event": "left", "at": now, "pid": pid, "labels": labels}
+        self.uid = identity.uid
+        self.doomed = doomed if identity.is_dead() else []
 
 
 def state_of(worker: Watched) -> bytes:
@@ -43,6 +53,8 @@ def state_of(worker: Watched) -> bytes:
             "hello": wire.encode_hello(worker.hello).decode("ascii"),
             "stacks_inode": worker.stacks_inode,
             "welcomed": worker.welcomed,
+            "left": worker.left,
+            "doomed": worker.doomed,
             "judged": [
                 (found.index, found.entry, found.deadline, None if again == inf else again)
                 for found, again in sorted(worker.judged.items(), key=lambda item: item[0].deadline)
@@ -86,8 +98,9 @@ def take_over(number: int, kept: Kept) -> Watched:
         identity = _identify_again(connection, descriptors)
         state = json.loads(kept.state)
         hello = wire.decode_hello(state["hello"].encode())
+        doomed = [(pid, start) for pid, start in state["doomed"]]
         if identity.is_dead() or _hung_up(connection):
-            raise HasLeft(identity.pid, hello.labels)
+            raise HasLeft(identity, hello.labels, state["left"], doomed)
         return Watched(
             connection=connection,
             identity=identity,
@@ -96,6 +109,7 @@ def take_over(number: int, kept: Kept) -> Watched:
             stacks_inode=(state["stacks_inode"][0], state["stacks_inode"][1]),
             number=number,
             welcomed=state["welcomed"],
+            doomed=doomed,
             judged={
                 Armed(*slot): inf if again is None else again for *slot, again in state["judged"]
             },

@@ -38,6 +38,9 @@ class Surroundings(Protocol):
     def spared(self, worker: Watched) -> set[int]:
         """Return the processes that no kill of this worker may reach."""
 
+    def keep_in_mind(self, worker: Watched) -> None:
+        """Let a successor know what we know of a worker."""
+
     def tell(self, event: str, verdict: Verdict, headline: str) -> None:
         """Tell the program that launched the watcher."""
 

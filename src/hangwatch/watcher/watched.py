@@ -9,6 +9,7 @@ from math import inf
 from typing import ClassVar
 
 from hangwatch.process import Identity
+from hangwatch.watcher.descendants import Doomed
 from hangwatch.watcher.page_reader import Overdue, PageReader, Standstill
 from hangwatch.wire import Hello
 
@@ -59,6 +60,7 @@ class Watched:
             but under a debugger. A block that moved its deadline since is judged anew.
         standing_since: since when it has stood still outside of every block (CLOCK_MONOTONIC);
             infinite while it doesn't.
+        doomed: who dies with it, once a step to end it was about to be taken.
         busy: whether an incident is under way; one at a time a worker.
         left: whether the watch has ended; an incident may still hold it.
         next_visit: when its page is looked at next (CLOCK_MONOTONIC).
@@ -76,6 +78,7 @@ class Watched:
     entries: list[float] = field(default_factory=list)
     judged: dict[Overdue, float] = field(default_factory=dict)
     standing_since: float = inf
+    doomed: list[Doomed] = field(default_factory=list)
     busy: bool = False
     left: bool = False
     next_visit: float = 0.0

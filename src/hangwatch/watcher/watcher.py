@@ -21,6 +21,7 @@ from hangwatch.evidence.report import overrun
 from hangwatch.failpoints import failpoint
 from hangwatch.handover import Kept
 from hangwatch.watcher.case import case_of, doing_of
+from hangwatch.watcher.descendants import Doomed, end_doomed
 from hangwatch.watcher.events import Events
 from hangwatch.watcher.helper import Helper
 from hangwatch.watcher.incident import Incident
@@ -102,11 +103,12 @@ class Watcher:
 
         It must be every page: tests/model/protocol.pml, SUCCESSOR_MISSES_A_PAGE.
         """
+        gone: list[HasLeft] = []
         for number, entry in kept.items():
             try:
                 worker = take_over(number, entry)
             except HasLeft as left:
-                self._events.tell(left.event)
+                gone.append(left)
                 self.keeper.drop(number)
             except Exception:
                 _log.exception("a worker could not be taken over: it runs on unwatched")
@@ -120,6 +122,10 @@ class Watcher:
                 else:
                     self._answer(worker)
             self.keeper.ping(len(self._workers))
+        for news in gone:
+            if news.event is not None:
+                self._events.tell(news.event)
+            self._end_doomed(news.doomed, news.uid)
         self._reception.next_number = max(kept, default=0) + 1
         if self._successor:
             workers = len(self._workers)
@@ -219,7 +225,7 @@ class Watcher:
             failpoint("handshake.answered")
             worker.welcomed = True
             self._joined += 1
-            self.keeper.note(worker.number, state_of(worker))
+            self.keep_in_mind(worker)
             failpoint("handshake.noted")
             self._events.tell(coming_or_going("joined", worker))
 
@@ -234,12 +240,24 @@ class Watcher:
         del self._workers[worker.connection.fileno()]
         self.loop.remove(worker.connection.fileno())
         self.loop.remove(worker.identity.pidfd)
-        self.keeper.drop(worker.number)
         if worker.busy:
+            # Who was to die with it must not outlive us.
+            self.keep_in_mind(worker)
             self.loop.add(worker.identity.pidfd, lambda: self._died(worker))
             self._poke()
         else:
-            worker.close()
+            self._let_go(worker)
+
+    def _let_go(self, worker: Watched) -> None:
+        self.keeper.drop(worker.number)
+        if worker.identity.is_dead():
+            self._end_doomed(worker.doomed, worker.identity.uid)
+        worker.close()
+
+    def _end_doomed(self, doomed: list[Doomed], uid: int) -> None:
+        """End what a watcher that died was about to end with its worker."""
+        for pid in end_doomed(doomed, uid, self._spared()):
+            _log.warning("killed process %d, which its worker had left behind", pid)
 
     def _ended(self, worker: Watched) -> None:
         # The event may be an older descriptor's of the same number.
@@ -355,10 +373,11 @@ class Watcher:
             worker = incident.verdict.worker
             if worker.left:
                 self.loop.remove(worker.identity.pidfd)
-                worker.close()
+                self._let_go(worker)
             else:
+                worker.doomed = []
                 # What a successor must not report, or take a step about, a second time.
-                self.keeper.note(worker.number, state_of(worker))
+                self.keep_in_mind(worker)
                 self._visit(worker)
 
     def _poke(self) -> None:
@@ -401,8 +420,15 @@ class Watcher:
 
     def spared(self, worker: Watched) -> set[int]:
         """Return the processes that no kill of this worker may reach."""
-        watched = {other.identity.pid for other in self._workers.values() if other is not worker}
+        return self._spared(but=worker)
+
+    def _spared(self, but: Watched | None = None) -> set[int]:
+        watched = {other.identity.pid for other in self._workers.values() if other is not but}
         return watched | {self._keeper_pid, os.getpid(), self.settings.spared_pid}
+
+    def keep_in_mind(self, worker: Watched) -> None:
+        """Let a successor know what we know of a worker."""
+        self.keeper.note(worker.number, state_of(worker))
 
     def others(self, worker: Watched) -> list[OtherWorker]:
         """Say what the other workers are doing."""

@@ -6,10 +6,11 @@ Up to version 0.9.10 it fails for CLOCK_MONOTONIC with an absolute time, which i
 
 import select
 import time
+from typing import SupportsIndex
 
 
-def _sleep(seconds: float, /) -> None:
-    select.select([], [], [], seconds)
+def _sleep(seconds: float | SupportsIndex, /) -> None:
+    select.select([], [], [], float(seconds))
 
 
 time.sleep = _sleep
