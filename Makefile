@@ -5,16 +5,22 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 # How often `make zoo` meets each program.
 N ?= 1
+# How many seconds `make soak` takes, and `make fuzz` with each target; SEED=0: another each time.
+SECONDS ?= 30
+SEED ?= 0
 # How many seconds `make stress-handover` takes.
 FOR ?= 300
+# How many workers `make stress-kills` kills; SEED is that of its dice.
+KILLS ?= 10000
 
 comma := ,
 VENV := .venv
 CHECK := .venv-check
 INTEROP := .venv-interop
+FUZZ := .venv-fuzz
 
 .PHONY: help demo test check model interop conformance-table zoo bench-arm \
-	bench-handover stress-handover clean
+	bench-handover fuzz soak stress-handover stress-kills clean
 
 help:
 	@echo "make demo       watch four workers until one hangs"
@@ -27,7 +33,10 @@ help:
 	@echo "make zoo N=20   meet every program of the hang zoo N times, print the lateness"
 	@echo "make bench-arm  what a block costs"
 	@echo "make bench-handover            how long nobody watches after the watcher's death"
+	@echo "make fuzz SECONDS=30           what strangers may send, made up at random; SEED=N: once more"
+	@echo "make soak SECONDS=600 SEED=7   real workers under real faults, and a proof of what happened"
 	@echo "make stress-handover FOR=300   kill and stop watchers for so many seconds"
+	@echo "make stress-kills KILLS=10000  kill so many workers of the Local pair while others arm"
 
 # A machine without the venv module, or with an older Python, gets one clear sentence.
 define python_is_usable
@@ -51,6 +60,9 @@ $(VENV)/ready: pyproject.toml
 $(CHECK)/ready: pyproject.toml
 	$(call environment,$(CHECK),--editable '.[test$(comma)check]')
 
+$(FUZZ)/ready: pyproject.toml
+	$(call environment,$(FUZZ),--editable '.[test$(comma)fuzz]')
+
 $(INTEROP)/ready: pyproject.toml
 	$(call environment,$(INTEROP),$(TORCH_INDEX) torch==2.13.0 numpy)
 	@$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' scikit-learn
@@ -73,6 +85,8 @@ model:
 interop: $(INTEROP)/ready
 	$(INTEROP)/bin/python -m pytest -m interop -n 0 tests/interop
 	$(CONFORMANCE) -m interop
+	PYTHONPATH=tests $(INTEROP)/bin/python -m stress.kill_storm 300 --seed $(SEED) --show \
+		--implementation torch.distributed.elastic.timer
 
 # Most of the time its processes wait: eight at once are not too many for two cores.
 CONFORMANCE = $(INTEROP)/bin/python -m pytest -n 8 tests/conformance/test_conformance.py
@@ -91,8 +105,17 @@ bench-arm: $(VENV)/ready
 bench-handover: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/handover.py
 
+fuzz: $(FUZZ)/ready
+	PYTHONPATH=tests $(FUZZ)/bin/python -m fuzz $(SECONDS) --seed $(SEED)
+
+soak: $(VENV)/ready
+	PYTHONPATH=tests $(VENV)/bin/python -m soak $(SECONDS) $(SEED)
+
 stress-handover: $(VENV)/ready
 	PYTHONPATH=tests $(VENV)/bin/python -m stress.handover $(FOR)
 
+stress-kills: $(VENV)/ready
+	PYTHONPATH=tests $(VENV)/bin/python -m stress.kill_storm $(KILLS) --seed $(SEED)
+
 clean:
-	rm -rf $(VENV) $(CHECK) $(INTEROP) dist build
+	rm -rf $(VENV) $(CHECK) $(INTEROP) $(FUZZ) dist build

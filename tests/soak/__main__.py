@@ -316,7 +316,8 @@ def main(seconds: float, seed: int) -> int:
 
 if __name__ == "__main__":
     duration = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
-    chosen = int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(10**6)
+    chosen = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    chosen = chosen or random.randrange(1, 10**6)
     alone = prefix()
     if alone is not None and _ALONE not in os.environ:
         # In namespaces of its own: no fault hits anybody else, and all ends with it.

@@ -91,7 +91,7 @@ def test_a_block_whose_deadline_is_set_anew_is_found_again(scene: Scene) -> None
     now = time.monotonic()
     scene.arm(0, now - 2)
     scene.watcher._visit(scene.worker)
-    scene.worker.busy = False
+    scene.worker.at_issue = None
     scene.arm(0, now - 1)  # the same entry: a slow ring has returned
     scene.watcher._visit(scene.worker)
     assert scene.found() == [(0, now - 2), (0, now - 1)]

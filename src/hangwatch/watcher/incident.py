@@ -116,7 +116,7 @@ class Incident:
             if outcome is Outcome.UNKILLABLE:
                 yield from self._insist()
         finally:
-            worker.busy = False
+            worker.at_issue = None
             if self._reporter is not None:
                 self._reporter.hang_up()
             self._tree.close()
@@ -319,6 +319,7 @@ class Incident:
     def _end_tree(self) -> Course:
         worker = self.verdict.worker
         yield from self._tree.end(worker.identity.uid, self._around.spared(worker), self._note)
+        worker.doomed = []
 
     def _note(self, action: str, result: str) -> None:
         self._actions.append(Action(action, round(monotonic() - self.verdict.at, 6), result))

@@ -58,7 +58,8 @@ def state_of(worker: Watched) -> bytes:
             "judged": [
                 (found.index, found.entry, found.deadline, None if again == inf else again)
                 for found, again in sorted(worker.judged.items(), key=lambda item: item[0].deadline)
-                if isinstance(found, Armed)
+                # What is at issue is a successor's to deal with.
+                if isinstance(found, Armed) and found != worker.at_issue
             ][-_MOST_JUDGED:],
         }
     ).encode("ascii")

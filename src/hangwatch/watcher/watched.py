@@ -61,7 +61,7 @@ class Watched:
         standing_since: since when it has stood still outside of every block (CLOCK_MONOTONIC);
             infinite while it doesn't.
         doomed: who dies with it, once a step to end it was about to be taken.
-        busy: whether an incident is under way; one at a time a worker.
+        at_issue: what an incident is under way about; one at a time a worker.
         left: whether the watch has ended; an incident may still hold it.
         next_visit: when its page is looked at next (CLOCK_MONOTONIC).
         muted: whether its rings are not heard, its budget being used up.
@@ -79,11 +79,16 @@ class Watched:
     judged: dict[Overdue, float] = field(default_factory=dict)
     standing_since: float = inf
     doomed: list[Doomed] = field(default_factory=list)
-    busy: bool = False
+    at_issue: Overdue | None = None
     left: bool = False
     next_visit: float = 0.0
     muted: bool = False
     budget: Budget = field(default_factory=Budget)
+
+    @property
+    def busy(self) -> bool:
+        """Whether an incident is under way."""
+        return self.at_issue is not None
 
     def thread_id(self, native_id: int) -> int:
         """Return the kernel's id of one of its threads, as it is known out here.

@@ -358,7 +358,7 @@ class Watcher:
             self.tell("expired", verdict, overrun(case))
         incident = Incident(verdict, self, settle)
         # It begins in this turn of the loop, once every page that is due has been visited.
-        worker.busy = True
+        worker.at_issue = found
         self._incidents.append(incident)
 
     def _resume_incidents(self) -> None:

@@ -1,0 +1,241 @@
+"""The checker finds what is planted, and finds nothing where nothing is wrong."""
+
+from __future__ import annotations
+
+import json
+from math import inf
+from typing import Any
+
+import pytest
+
+from soak.checker import UNDISTURBED, Checker
+from soak.history import Fault, History, Life, Statement, life_of
+
+PID = 7
+
+
+def life(*records: tuple[float, str, dict[str, Any]], child: bool = False) -> Life:
+    """Make a process's life of its log: when, what, and the rest of each record."""
+    start = {"at": 0.0, "do": "start", "pid": PID, "child": child}
+    lines = [start, *({"at": at, "do": do, "block": 1, **more} for at, do, more in records)]
+    made = life_of([json.dumps(line) + "\n" for line in lines])
+    assert made is not None
+    return made
+
+
+def entered(at: float, limit: float = 1.0, **more: Any) -> list[tuple[float, str, dict[str, Any]]]:
+    """Enter a block at once, watched."""
+    fields = {"scope": "a", "limit": limit, **more}
+    return [(at, "entering", fields), (at, "entered", {"block": more.get("block", 1)})]
+
+
+def dead(of: Life, at: float, status: int | None = -9, by_us: bool = False) -> Life:
+    of.ended, of.status, of.by_us = at, status, by_us
+    return of
+
+
+def problems(
+    *lives: Life,
+    said: list[tuple[float, str, str]] | None = None,
+    faults: list[Fault] | None = None,
+    **more: Any,
+) -> list[str]:
+    statements = [Statement(at, PID, scope, outcome) for at, scope, outcome in said or []]
+    history = History(list(lives), faults or [], statements, **more)
+    return Checker(history).problems()
+
+
+REAPED = [(11.1, "a", "reaped")]
+
+
+def test_a_hang_that_is_killed_and_explained_is_as_it_should_be() -> None:
+    assert problems(dead(life(*entered(10.0)), 11.1), said=REAPED) == []
+
+
+def test_who_leaves_in_time_and_ends_well_is_as_it_should_be() -> None:
+    well = life(*entered(10.0), (10.5, "leaving", {}), (10.5, "left", {}), (12.0, "end", {}))
+    assert problems(dead(well, 13.0, 0)) == []
+
+
+def test_a_kill_before_the_deadline() -> None:
+    (problem,) = problems(dead(life(*entered(10.0)), 10.9))
+    assert "never overdue" in problem
+
+
+def test_a_kill_after_it_was_disarmed_in_time() -> None:
+    left = life(*entered(10.0), (10.5, "leaving", {}), (10.6, "left", {}))
+    (problem,) = problems(dead(left, 11.5))
+    assert "never overdue" in problem
+
+
+def test_a_kill_long_after_it_was_disarmed_too_late() -> None:
+    left = life(*entered(10.0), (11.5, "leaving", {}), (11.6, "left", {}))
+    assert problems(dead(left, 12.0), said=[(11.2, "a", "reaped")]) == [], "it was a close race"
+    (problem,) = problems(dead(left, 13.0), said=[(11.2, "a", "expired")])
+    assert "never overdue then" in problem
+
+
+def test_a_kill_outside_of_every_block() -> None:
+    (problem,) = problems(dead(life(), 5.0))
+    assert "never overdue" in problem
+
+
+def test_a_kill_for_what_was_renewed() -> None:
+    renewed = [*entered(10.0), (10.9, "renewing", {}), (10.95, "renewed", {"limit": 1.0})]
+    assert problems(dead(life(*renewed), 12.0), said=[(12.0, "a", "reaped")]) == []
+    (problem,) = problems(dead(life(*renewed), 11.5))
+    assert "never overdue" in problem
+
+
+def test_a_kill_in_the_middle_of_a_renewal_may_follow_the_old_deadline() -> None:
+    renewing = life(*entered(10.0), (10.9, "renewing", {}))
+    assert problems(dead(renewing, 11.1), said=REAPED) == []
+
+
+def test_a_kill_for_what_was_cancelled() -> None:
+    (problem,) = problems(dead(life(*entered(10.0), (10.5, "cancelled", {})), 11.5))
+    assert "never overdue" in problem
+
+
+PAUSED = [
+    *entered(10.0),
+    *entered(10.5, 60.0, scope="pause", pauses=True, block=2),
+]
+GOES_ON = [(15.0, "leaving", {"block": 2}), (15.0, "left", {"block": 2})]
+
+
+def test_a_kill_during_a_pause() -> None:
+    (problem,) = problems(dead(life(*PAUSED), 12.0))
+    assert "never overdue" in problem
+
+
+def test_a_pause_gives_its_time_back() -> None:
+    (problem,) = problems(dead(life(*PAUSED, *GOES_ON), 15.4))
+    assert "never overdue" in problem
+    assert problems(dead(life(*PAUSED, *GOES_ON), 15.6), said=[(15.6, "a", "reaped")]) == []
+
+
+def test_an_inner_pause_gives_nothing_back_before_the_outer_ends() -> None:
+    inner = [
+        *entered(11.0, 60.0, scope="inner", pauses=True, block=3),
+        (14.0, "leaving", {"block": 3}),
+        (14.0, "left", {"block": 3}),
+    ]
+    assert problems(dead(life(*PAUSED, *inner), 14.5))
+    assert problems(dead(life(*PAUSED, *inner, *GOES_ON), 15.6), said=[(15.6, "a", "reaped")]) == []
+
+
+def test_a_pause_that_overruns() -> None:
+    pause = life(*entered(10.0, 0.5, scope="pause", pauses=True))
+    assert problems(dead(pause, 10.6), said=[(10.6, "pause", "reaped")]) == []
+
+
+def test_a_kill_for_what_was_only_to_be_reported() -> None:
+    asked = life(*entered(10.0, on_expiry="report"))
+    (problem,) = problems(dead(asked, 11.1), said=[(11.1, "a", "reported")])
+    assert "to be reported only" in problem
+
+
+def test_a_kill_without_a_word() -> None:
+    (problem,) = problems(dead(life(*entered(10.0)), 11.1))
+    assert "without a word" in problem
+
+
+def test_a_crash() -> None:
+    (problem,) = problems(dead(life(*entered(10.0)), 10.5, -11))
+    assert "ended with -11" in problem
+
+
+def test_a_worker_that_the_injector_killed_is_nobody_s_fault() -> None:
+    assert problems(dead(life(*entered(10.0)), 10.5, by_us=True)) == []
+
+
+def test_a_hang_that_nobody_ends() -> None:
+    (problem,) = problems(life(*entered(10.0)))
+    assert "was ended never" in problem
+
+
+def test_a_hang_that_is_ended_too_late() -> None:
+    late = 11.0 + UNDISTURBED + 0.5
+    (problem,) = problems(dead(life(*entered(10.0)), late), said=[(late, "a", "reaped")])
+    assert "late, bound" in problem
+
+
+def test_a_fault_around_it_lengthens_the_bound_and_one_long_ago_does_not() -> None:
+    late = 11.0 + UNDISTURBED + 0.5
+    hang = dead(life(*entered(10.0)), late)
+    said = [(late, "a", "reaped")]
+    assert problems(hang, said=said, faults=[Fault(12.0, "watcher killed", 0.8)]) == []
+    assert problems(hang, said=said, faults=[Fault(8.0, "watcher killed", 0.8)])
+    assert problems(hang, said=said, faults=[Fault(late + 1, "watcher killed", 0.8)])
+
+
+def test_a_grace_lengthens_the_bound() -> None:
+    late = 11.0 + UNDISTURBED + 0.5
+    said = [(late, "a", "reaped")]
+    assert problems(dead(life(*entered(10.0, patience=1.0)), late), said=said) == []
+
+
+def test_a_hang_that_nobody_could_watch_is_nobody_s_fault() -> None:
+    unwatched = life(
+        (10.0, "entering", {"scope": "a", "limit": 1.0}), (10.0, "entered", {"watched": False})
+    )
+    assert problems(unwatched) == []
+
+
+def test_what_is_to_be_reported_must_be_reported() -> None:
+    asked = life(*entered(10.0, on_expiry="report"))
+    assert problems(asked, said=[(11.5, "a", "reported")]) == []
+    (problem,) = problems(asked)
+    assert "was ended never" in problem
+
+
+def test_what_is_raised_where_nothing_is_overdue() -> None:
+    asked = entered(10.0, on_expiry="raise")
+    good = life(*asked, (11.2, "raised", {}), (13.0, "left", {}), (14.0, "end", {}))
+    assert problems(dead(good, 15.0, 0), said=[(11.2, "a", "raised")]) == []
+    (problem,) = problems(dead(life(*asked, (10.5, "raised", {}), (10.6, "left", {})), 15.0, 0))
+    assert "TimerExpired in a" in problem
+
+
+def test_what_is_raised_where_it_was_not_wanted() -> None:
+    (problem,) = problems(
+        dead(life(*entered(10.0), (11.2, "raised", {}), (11.3, "left", {})), 15.0, 0)
+    )
+    assert "TimerExpired in a" in problem
+
+
+@pytest.mark.parametrize(
+    "statement", [(10.5, "a", "expired"), (11.5, "b", "expired")], ids=["too early", "another"]
+)
+def test_a_report_of_what_did_not_expire(statement: tuple[float, str, str]) -> None:
+    hang = dead(life(*entered(10.0)), 11.1)
+    (problem,) = problems(hang, said=[*REAPED, statement])
+    assert "belongs to no expiry" in problem
+
+
+def test_a_child_that_armed_nothing_may_die_with_its_parent_and_a_worker_may_not() -> None:
+    assert problems(dead(life(child=True), 5.0)) == []
+    (problem,) = problems(dead(life(*entered(1.0, 60.0), child=True), 5.0))
+    assert "never overdue" in problem
+
+
+def test_a_block_of_the_program_before_an_exec_justifies_nothing() -> None:
+    before = dead(life(*entered(10.0)), 10.5, None)
+    after = dead(life(), 11.5)
+    (problem,) = problems(before, after)
+    assert "never overdue" in problem
+
+
+def test_whatever_leaked_failed_or_was_complained_of_is_a_problem() -> None:
+    complaining = life((1.0, "problem", {"scope": "open before: 3, then: 4"}))
+    assert len(problems(complaining, leaks=["a memfd"], errors=["in log: Traceback"])) == 3
+
+
+def test_a_line_that_a_kill_cut_short_does_not_count() -> None:
+    whole = json.dumps({"at": 0.0, "do": "start", "pid": PID}) + "\n"
+    made = life_of([whole, '{"at": 1.0, "do": "ent'])
+    assert made is not None
+    assert made.blocks == {}
+    assert made.ended == inf
+    assert life_of([]) is None
