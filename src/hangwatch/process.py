@@ -116,7 +116,8 @@ class Identity:
             except OSError:
                 return None
             return (status.st_dev, status.st_ino) == inode
-        return False
+        # No /proc, or one that hides this process from us, shows nothing of it at all.
+        return False if self.is_dead() or os.path.exists(f"/proc/{self.pid}") else None
 
 
 def may_signal(uid: int, pid: int) -> bool:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import pty
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from support.namespaces import OWN_FOLDER, prefix
 from support.watchers import wait_until
 
 RUN = [sys.executable, "-m", "hangwatch", "run"]
@@ -172,11 +172,13 @@ def test_the_keeper_s_death_is_said_and_the_watcher_goes_on(tmp_path: Path) -> N
 
 
 def test_in_a_container_it_may_be_the_first_process(tmp_path: Path) -> None:
-    if shutil.which("unshare") is None or os.geteuid() != 0:
-        pytest.skip("needs root to make a pid namespace")
+    command = prefix()
+    if command is None:
+        pytest.skip("no pid namespaces: neither root nor user namespaces")
+    run_it = f"{OWN_FOLDER}\nimport sys; os.execv(sys.argv[1], sys.argv[1:])"
     process = subprocess.Popen(
         [
-            *("unshare", "--pid", "--fork", "--mount-proc", *RUN, "--", "sh", "-c"),
+            *(*command, sys.executable, "-c", run_it, *RUN, "--", "sh", "-c"),
             "(sleep 0.1 &) ; echo $PPID; exec sleep 1000",
         ],
         stdout=subprocess.PIPE,

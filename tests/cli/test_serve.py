@@ -102,14 +102,14 @@ class TestCommand:
         assert "is no folder" in self.refuses("--address", str(file / "s"))
         assert "107 bytes" in self.refuses("--address", str(folder / ("x" * 120)))
 
-    @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make a folder of another user")
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
     def test_a_folder_of_somebody_else(self, folder: Path) -> None:
         theirs = folder / "theirs"
         theirs.mkdir(mode=0o700)
         os.chown(theirs, 12345, -1)
         assert "belongs to user 12345" in self.refuses("--address", str(theirs / "s"))
 
-    @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
     def test_another_user_is_refused_on_both_sides(self, folder: Path) -> None:
         path = folder / "sock"
         process = self.start("--address", str(path))

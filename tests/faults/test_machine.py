@@ -1,0 +1,234 @@
+"""What a machine can do to a watcher and its workers: clocks, memory, disks, /proc, crowds."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conftest import StartWatcher
+from support.namespaces import prefix, run_alone
+from support.processes import is_alive
+from support.raw_worker import answer, hello, memfd
+from support.stepped_clock import SteppedClock
+from support.watchers import RunningWatcher, wait_until
+
+TESTS = str(Path(__file__).parents[1])
+
+HEALTHY = """
+import sys, time, hangwatch
+from select import select
+while not select([sys.stdin], [], [], 0)[0]:
+    with hangwatch.expires(after=60, scope="healthy"):
+        time.sleep(0.02)
+with hangwatch.expires(after=0.3, scope="at last"):
+    time.sleep(1000)
+"""
+HANGS = """
+import sys, time, hangwatch
+with hangwatch.expires(after=float(sys.argv[1]), scope="hangs"):
+    print("in", flush=True)
+    time.sleep(1000)
+"""
+
+
+def start_healthy(watcher: RunningWatcher, **options: object) -> Callable[[], None]:
+    """Start a worker that must never be hurt; what is returned asserts that it was not."""
+    worker = watcher.python("-c", HEALTHY, stdin=subprocess.PIPE, **options)
+
+    def check() -> None:
+        assert worker.poll() is None, "the healthy worker was hurt"
+        worker.communicate("end\n", timeout=20)
+        assert worker.returncode == -signal.SIGKILL, "and was still watched"
+
+    return check
+
+
+def hang(watcher: RunningWatcher, after: float = 0.3, **options: object) -> subprocess.Popen[str]:
+    """Start a worker that hangs; return it once it is inside of its block."""
+    worker = watcher.python("-c", HANGS, str(after), **options)
+    assert worker.stdout is not None
+    worker.stdout.readline()
+    worker.stdout.close()
+    return worker
+
+
+def test_steps_of_the_wall_clock(start_watcher: StartWatcher, tmp_path: Path) -> None:
+    try:
+        clock = SteppedClock(tmp_path / "clock")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in clock.environment.items():
+            patch.setenv(name, value)
+        watcher = start_watcher()
+    environment = watcher.environment(**clock.environment)
+    shows = subprocess.run(
+        [sys.executable, "-c", "import time; print(time.time())"],
+        env={**environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert abs(float(shows.stdout) - time.time()) < 60
+    check = start_healthy(watcher, env=environment)
+    time.sleep(0.3)
+    for step in (3600, -3600, 0):
+        hangs = hang(watcher, 1.0, env=environment)
+        clock.step(step)
+        began = time.monotonic()
+        assert hangs.wait(20) == -signal.SIGKILL
+        assert time.monotonic() - began > 0.5, "not before its time"
+        report = watcher.report(pid=hangs.pid)
+        assert 0.9 < report["scope"]["inside_s"] < 15
+        assert abs(time.time() + step - os.stat(watcher.report_dir).st_mtime - step) < 60
+    clock.step(3600)
+    time.sleep(0.3)
+    check()
+
+
+def test_no_memory_for_a_page_in_the_worker(watcher: RunningWatcher) -> None:
+    script = """
+import resource, hangwatch
+hangwatch.paused  # the api is there
+import hangwatch.worker.client, ctypes, logging, hangwatch.wire, warnings
+used = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 17), -1))
+with hangwatch.expires(60, "x"):
+    done = True
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+print(done)
+"""
+    worker = watcher.python("-c", script, stderr=subprocess.PIPE)
+    out, err = worker.communicate(timeout=20)
+    assert (worker.returncode, out) == (0, "True\n"), err
+    assert err.count("hangwatch: no page of timers can be made") == 1
+    assert "runs on unwatched" in err
+
+
+def test_no_memory_for_a_newcomer_s_page_in_the_watcher(start_watcher: StartWatcher) -> None:
+    watcher = start_watcher()
+    check = start_healthy(watcher)
+    time.sleep(0.5)
+    used = int(Path(f"/proc/{watcher.pid}/statm").read_text().split()[0]) * 4096
+    resource.prlimit(watcher.pid, resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+    refused = answer(watcher.address, hello(), [memfd()])
+    assert refused is not None
+    assert "memory" in refused.lower()
+    resource.prlimit(watcher.pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+    assert answer(watcher.address, hello(), [memfd()]) is None
+    check()
+
+
+IN_A_SMALL_WORLD = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+import hangwatch
+HANGS = "import time, hangwatch\\nwith hangwatch.expires(0.5, 'hangs'): time.sleep(1000)"
+def mount(*arguments): subprocess.run(["mount", *arguments], check=True)
+def hang():
+    return subprocess.run([sys.executable, "-c", HANGS], timeout=30).returncode
+"""
+
+
+def in_a_small_world(script: str) -> str:
+    """Run a script in pid and mount namespaces of its own, where it may mount and kill."""
+    return run_alone(IN_A_SMALL_WORLD + script)
+
+
+def test_a_full_disk_for_reports(tmp_path: Path) -> None:
+    (tmp_path / "reports").mkdir()
+    out = in_a_small_world(f"""
+folder = Path({str(tmp_path)!r})
+mount("-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder / "reports"))
+log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
+os.dup2(log, 2)
+with hangwatch.serve(report_dir=folder / "reports"):
+    (folder / "reports" / "filler").write_bytes(bytes(65536 - 4096))
+    assert hang() == -signal.SIGKILL
+    time.sleep(0.5)
+    left = os.listdir(folder / "reports")
+    (folder / "reports" / "filler").unlink()
+    assert hang() == -signal.SIGKILL
+print(left, len(os.listdir(folder / "reports")))
+""")
+    log = (tmp_path / "log").read_text()
+    assert "can't be written to" in log
+    assert "No space left on device" in log
+    assert log.count("overran 'hangs'") == 2, "all of it stands in the log"
+    assert log.count("<- holds the scope") == 2
+    assert out == "['filler'] 1\n", "no half report is left, and the next one is written"
+
+
+@pytest.mark.parametrize("kind", ["missing", "hidden"])
+def test_no_proc(tmp_path: Path, kind: str) -> None:
+    """Without /proc nobody can tell whether it still is the same program: it is reported."""
+    # Whom a process may not trace it does not see, then: here, somebody with more capabilities.
+    hide, drop = {
+        "missing": ('mount("-t", "tmpfs", "tmpfs", "/proc")', []),
+        "hidden": (
+            'mount("-o", "remount,hidepid=2", "/proc")',
+            ["setpriv", "--inh-caps=-all", "--bounding-set=-all"],
+        ),
+    }[kind]
+    out = in_a_small_world(f"""
+folder = Path({str(tmp_path)!r})
+folder.chmod(0o700)
+address = str(folder / "sock")
+{hide}
+serve = [sys.executable, "-m", "hangwatch", "serve", "--address", address]
+server = subprocess.Popen(
+    [*{drop!r}, *serve, "--report-dir", str(folder / "reports")], stderr=subprocess.PIPE, text=True
+)
+os.environ["HANGWATCH_ADDRESS"] = address
+while not os.path.exists(address):
+    time.sleep(0.02)
+worker = subprocess.Popen([sys.executable, "-c", HANGS])
+while not list(folder.glob("reports/[!.]*/report.txt")):
+    time.sleep(0.05)
+print((worker.poll(), list(folder.glob("reports/[!.]*/report.txt"))[0].read_text()))
+worker.kill()
+subprocess.run([sys.executable, "-c", HANGS.replace("1000", "0")], check=True)
+server.terminate()
+print(server.wait(20), "Traceback" in server.stderr.read())
+""")
+    assert out.startswith("(None, "), "it is left alone"
+    assert "reported only" in out
+    assert "won't say whether it is still the same program" in out
+    assert out.endswith("0 False\n")
+
+
+def test_no_children_file_is_needed(start_watcher: StartWatcher, tmp_path: Path) -> None:
+    """Kernels without CONFIG_PROC_CHILDREN have no /proc/pid/task/tid/children."""
+    if shutil.which("strace") is None:
+        pytest.skip("no strace to trace with")
+    script = (
+        "import subprocess, time, hangwatch\n"
+        "child = subprocess.Popen(['sh', '-c', 'sleep 1000 & echo $!; wait'])\n"
+        "with hangwatch.expires(1.5, 'hangs'): time.sleep(1000)\n"
+    )
+    watcher = start_watcher()
+    worker = watcher.python("-c", script)
+    assert worker.stdout is not None
+    grandchild = int(worker.stdout.readline())
+    trace = tmp_path / "trace"
+    command = ["strace", "-f", "-qq", "-e", "trace=openat", "-o", str(trace)]
+    with subprocess.Popen([*command, "-p", str(watcher.pid)]) as tracer:
+        assert worker.wait(30) == -signal.SIGKILL
+        worker.stdout.close()
+        wait_until(lambda: not is_alive(grandchild), "the grandchild has ended, too")
+        assert watcher.report(pid=worker.pid)["process"]["children"], "and was seen"
+        tracer.terminate()
+    opened = trace.read_text()
+    assert f'"/proc/{grandchild}/stat"' in opened
+    assert "/children" not in opened
