@@ -4,24 +4,20 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import hypothesis
 import pytest
 
 import hangwatch
 from hangwatch.worker import expiration, roads
-from support.watchers import RunningWatcher
+from support.watchers import RunningWatcher, StartWatcher
 
 # How long a draw takes says how busy the machine is, not how good the test is.
 hypothesis.settings.register_profile(
     "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("busy")
-
-
-class StartWatcher(Protocol):
-    def __call__(self, **options: Any) -> RunningWatcher: ...
 
 
 @contextmanager

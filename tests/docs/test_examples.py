@@ -26,7 +26,6 @@ from typing import Any
 
 import pytest
 
-from conftest import StartWatcher
 from docs.fences import (
     PAGES,
     ROOT,
@@ -36,7 +35,7 @@ from docs.fences import (
     undefined_names,
     without_numbers,
 )
-from support.watchers import PATIENCE, wait_until
+from support.watchers import PATIENCE, StartWatcher, wait_until
 
 QUOTED = {"docs/custom-pairs.md": "examples/datagram_pair.py"}
 """Pages whose blocks are quotations of a script that has tests of its own (tests/contract)."""

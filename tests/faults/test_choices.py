@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 import hangwatch
-from conftest import StartWatcher
 from support import namespaces
 from support.processes import is_alive
-from support.watchers import RunningWatcher, wait_until
+from support.watchers import RunningWatcher, StartWatcher, wait_until
 
 HANG = """
 import signal, sys, time, hangwatch

@@ -9,8 +9,7 @@ import time
 
 import pytest
 
-from conftest import StartWatcher
-from support.watchers import RunningWatcher, wait_until
+from support.watchers import RunningWatcher, StartWatcher, wait_until
 
 PDB = """
 import hangwatch, sys, time

@@ -16,14 +16,13 @@ from typing import Any, ClassVar
 
 import pytest
 
-from conftest import StartWatcher
 from hangwatch.evidence import error_file
 from hangwatch.evidence.model import Case, Scope, ScopeThread, Worker
 from hangwatch.process import Identity
 from hangwatch.watcher.error_file import ErrorFile
 from hangwatch.watcher.helper import Helper
 from support.processes import is_alive
-from support.watchers import RunningWatcher, wait_until
+from support.watchers import RunningWatcher, StartWatcher, wait_until
 
 HANGS = """
 import threading, time, hangwatch

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from conftest import StartWatcher
 from support.namespaces import run_alone
-from support.watchers import RunningWatcher
+from support.watchers import RunningWatcher, StartWatcher
 
 
 def hang(watcher: RunningWatcher, script: str, status: int = -9) -> dict[str, Any]:

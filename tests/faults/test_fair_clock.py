@@ -8,9 +8,8 @@ import subprocess
 import sys
 import time
 
-from conftest import StartWatcher
 from support.processes import is_alive
-from support.watchers import RunningWatcher
+from support.watchers import RunningWatcher, StartWatcher
 
 # Leaves its block when it is told to.
 WAITS = """

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import StartWatcher
-from support.watchers import RunningWatcher
+from support.watchers import RunningWatcher, StartWatcher
 
 
 @pytest.fixture

@@ -17,11 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import StartWatcher
 from hangwatch import wire
 from support.processes import is_alive, open_files
 from support.raw_worker import answer, connect, hello, memfd
-from support.watchers import RunningWatcher, wait_until, watcher_below
+from support.watchers import RunningWatcher, StartWatcher, wait_until, watcher_below
 
 # Holds the GIL in a C call that no signal ends.
 HUNG_IN_C = """

@@ -21,12 +21,11 @@ from pathlib import Path
 import pytest
 
 import hangwatch
-from conftest import StartWatcher
 from hangwatch import page, wire
 from hangwatch.watcher import reception
 from hangwatch.worker.connection import RING
 from support.raw_worker import answer, connect, hello, memfd
-from support.watchers import RunningWatcher, wait_until
+from support.watchers import RunningWatcher, StartWatcher, wait_until
 
 HEALTHY = """
 import time, hangwatch

@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-from conftest import StartWatcher
 from support.namespaces import run_alone
 from support.processes import is_alive
-from support.watchers import RunningWatcher, wait_until
+from support.watchers import RunningWatcher, StartWatcher, wait_until
 
 
 def actions(report: dict[str, Any]) -> list[str]:

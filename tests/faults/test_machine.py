@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,12 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from conftest import StartWatcher
-from support.namespaces import prefix, run_alone
+from support.namespaces import run_alone
 from support.processes import is_alive
 from support.raw_worker import answer, hello, memfd
 from support.stepped_clock import SteppedClock
-from support.watchers import RunningWatcher, wait_until
+from support.watchers import RunningWatcher, StartWatcher, wait_until
 
 TESTS = str(Path(__file__).parents[1])
 

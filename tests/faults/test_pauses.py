@@ -11,10 +11,9 @@ from collections.abc import Iterator
 import pytest
 
 import hangwatch
-from conftest import StartWatcher
 from hangwatch import page
 from support.pages import QuietClient, quiet_page
-from support.watchers import RunningWatcher, wait_until
+from support.watchers import RunningWatcher, StartWatcher, wait_until
 
 NEARLY = 0.5
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 import hangwatch
-from conftest import StartWatcher
-from support.watchers import RunningWatcher
+from support.watchers import RunningWatcher, StartWatcher
 
 RACE = """
 import contextlib, os, random, signal, subprocess, sys, time

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import StartWatcher
 from hangwatch import failpoints
 from support.processes import is_alive, open_files
-from support.watchers import RunningWatcher, wait_until, watcher_below
+from support.watchers import RunningWatcher, StartWatcher, wait_until, watcher_below
 
 STEPS = [
     name

@@ -6,9 +6,8 @@ import subprocess
 
 import pytest
 
-from conftest import StartWatcher
 from support.processes import open_files
-from support.watchers import wait_until
+from support.watchers import StartWatcher, wait_until
 
 # Forks itself for each step, so that what is imported already is no step. A line of connecting
 # is a step; of arming it is an instruction of the bytecode.

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from conftest import StartWatcher
 from support.processes import is_alive
-from support.watchers import RunningWatcher, wait_until
+from support.watchers import RunningWatcher, StartWatcher, wait_until
 
 HOSTILES = 12
 

@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 
 import hangwatch
-from conftest import StartWatcher
 from hangwatch.errors import AddressError, ProtocolError
 from hangwatch.keep.address import listen
 from hangwatch.options import checked_settings, checked_uid
@@ -36,7 +35,7 @@ from security.second_user import (
 )
 from support.processes import is_alive
 from support.raw_worker import answer, hello, memfd
-from support.watchers import RunningWatcher, wait_until
+from support.watchers import RunningWatcher, StartWatcher, wait_until
 
 HANGS = """
 def stuck_here(): time.sleep(1000)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hangwatch import SharedMemoryTimerServer
 
@@ -92,3 +92,9 @@ class RunningWatcher:
 
         wait_until(look, f"a report with {wanted}")
         return found[0]
+
+
+class StartWatcher(Protocol):
+    """Starts watchers of one's own: the fixture `start_watcher`."""
+
+    def __call__(self, **options: Any) -> RunningWatcher: ...
