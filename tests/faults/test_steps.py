@@ -137,6 +137,19 @@ def test_no_worker_ever_loads_failpoints() -> None:
     subprocess.run([sys.executable, "-c", script], env=environment, check=True)
 
 
+def test_a_promise_of_a_watcher_that_answers_too_late_keeps_nobody_quiet(
+    start_watcher: StartWatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has visited the page when the worker gives up: a promise of a minute stands there."""
+    # The second time, when blocks have been armed already.
+    twice = ",".join(f"handshake.watched=sleep:1.5@{nth}" for nth in (1, 2))
+    watcher = start(start_watcher, monkeypatch, twice)
+    healthy = watcher.python("-c", HEALTHY, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    _, said = healthy.communicate("end\n", timeout=20)
+    assert healthy.returncode == -signal.SIGKILL, "it is watched in the end"
+    assert "did not answer within 1 s" in said
+
+
 def test_evidence_that_hangs_holds_up_nothing(
     start_watcher: StartWatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:

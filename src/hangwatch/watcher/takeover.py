@@ -101,6 +101,7 @@ def take_over(number: int, kept: Kept) -> Watched:
         hello = wire.decode_hello(state["hello"].encode())
         doomed = [(pid, start) for pid, start in state["doomed"]]
         if identity.is_dead() or _hung_up(connection):
+            reader.promise(0.0)  # which its watcher has promised, and nobody keeps
             raise HasLeft(identity, hello.labels, state["left"], doomed)
         return Watched(
             connection=connection,

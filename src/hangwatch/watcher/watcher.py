@@ -235,6 +235,8 @@ class Watcher:
             return
         worker.left = True
         worker.next_visit = inf
+        # Who has only hung up shall ring again, for somebody else.
+        worker.reader.promise(0.0)
         if worker.welcomed:
             self._events.tell(coming_or_going("left", worker))
         del self._workers[worker.connection.fileno()]

@@ -122,9 +122,15 @@ class WorkerClient:
             self._try_at = monotonic() + _TRY_AGAIN_AFTER
             self._warned.discard("connect")
             watcher.close()
+            self._expect_nobody()
             self._on_lost()
             if not self.is_connected:
                 self._warn_once("lost", "the watcher is gone")
+
+    def _expect_nobody(self) -> None:
+        """Keep no thread quiet by what a watcher promised that we don't have, or not any more."""
+        if self._page is not None:
+            self._page.words[page.WATCH_UNTIL] = 0.0
 
     @property
     def is_connected(self) -> bool:
@@ -142,6 +148,7 @@ class WorkerClient:
             self.connect()
         except (HangwatchError, OSError, ImportError) as error:
             self._try_at = monotonic() + _TRY_AGAIN_AFTER
+            self._expect_nobody()
             return error
         return None
 
