@@ -51,7 +51,7 @@ def storm(*arguments: str, path: str = "") -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("road", ["native"])
+@pytest.mark.parametrize("road", ["native", "legacy"])
 def test_no_survivor_is_blocked_or_unprotected(road: str) -> None:
     result = storm("150", "--road", road)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
