@@ -229,3 +229,156 @@ def test_no_children_file_is_needed(start_watcher: StartWatcher, tmp_path: Path)
     opened = trace.read_text()
     assert f'"/proc/{grandchild}/stat"' in opened
     assert "/children" not in opened
+
+
+def test_two_cores_under_eight_busy_processes(start_watcher: StartWatcher) -> None:
+    watcher = start_watcher()
+    busy = "import time\nend = time.monotonic() + 6\nwhile time.monotonic() < end: sum(range(999))"
+    crowd = [subprocess.Popen([sys.executable, "-c", busy]) for _ in range(8)]
+    checks = [start_healthy(watcher) for _ in range(4)]
+    steady = """
+import time, hangwatch
+end = time.monotonic() + 4
+while time.monotonic() < end:
+    with hangwatch.expires(after=3, scope="steady"):
+        time.sleep(0.01)
+"""
+    workers = [watcher.python("-c", steady) for _ in range(4)]
+    hangs = hang(watcher, 0.5)
+    for worker in workers:
+        worker.communicate(timeout=50)
+        assert worker.returncode == 0, "no false kill"
+    assert hangs.wait(40) == -signal.SIGKILL
+    for process in crowd:
+        process.wait(30)
+    for check in checks:
+        check()
+
+
+THOUSAND = """
+import os, sys, time
+import hangwatch
+from hangwatch import linux, wire
+from hangwatch.worker.client import client_at
+linux.fence()
+gate, go = os.pipe()
+heard, tell = os.pipe()
+children = []
+for _ in range(1000):
+    child = os.fork()
+    if child == 0:
+        os.close(go)
+        os.read(gate, 1)
+        client = client_at(os.environ["HANGWATCH_ADDRESS"])
+        # Whom a crowd keeps out for a second tries again, as workers do that go on arming.
+        until = time.monotonic() + 30
+        while True:
+            with hangwatch.expires(after=60, scope="armed"):
+                if client.is_connected or time.monotonic() > until: break
+                time.sleep(0.1)
+        with hangwatch.expires(after=60, scope="armed"):
+            os.write(tell, b"+" if client.is_connected else b"-")
+            os.read(0, 1)
+        os._exit(0)
+    children.append(child)
+os.close(go)  # all at once
+answers = b""
+while len(answers) < 1000:
+    answers += os.read(heard, 1000)
+print(answers.count(b"+"), flush=True)
+sys.stdin.close()
+os.close(0)
+print(sum(os.waitpid(child, 0)[1] == 0 for child in children), flush=True)
+"""
+
+
+def test_a_thousand_workers_connect_at_once(start_watcher: StartWatcher) -> None:
+    watcher = start_watcher()
+    check = start_healthy(watcher)
+    crowd = watcher.python("-c", THOUSAND, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert crowd.stdout is not None
+    assert crowd.stdin is not None
+    assert int(crowd.stdout.readline()) == 1000, "all are watched"
+    hangs = hang(watcher)
+    assert hangs.wait(20) == -signal.SIGKILL, "and so is one more"
+    crowd.stdin.close()
+    assert int(crowd.stdout.readline()) == 1000, "and nobody was hurt"
+    crowd.wait(20)
+    crowd.stdout.close()
+    check()
+
+
+GARBAGE = """
+import mmap, os, random, socket, sys, time
+from hangwatch import page
+from support.raw_worker import connect, hello, memfd
+descriptor = memfd()
+mapping = mmap.mmap(descriptor, page.PAGE_BYTES)
+with connect(sys.argv[1]) as connection:
+    socket.send_fds(connection, [hello(page_fd=descriptor)], [descriptor])
+    connection.recv(4096)
+    connection.setblocking(False)
+    end = time.monotonic() + 3
+    while time.monotonic() < end:
+        for _ in range(100):
+            at = random.randrange(16, 64 + 100 * page.SLOT_BYTES)
+            mapping[at:at + 64] = random.choice([os.urandom(64), bytes(64), b"\\xff" * 64])
+        try: connection.send(b"!")
+        except OSError: pass
+"""
+
+
+def test_a_page_that_is_filled_with_garbage_while_it_is_read(
+    start_watcher: StartWatcher, capfd: pytest.CaptureFixture[str]
+) -> None:
+    watcher = start_watcher()
+    pid = watcher.pid
+    check = start_healthy(watcher)
+    environment = watcher.environment(PYTHONPATH=TESTS)
+    hostile = [watcher.python("-c", GARBAGE, watcher.address, env=environment) for _ in range(2)]
+    hangs = hang(watcher)
+    assert hangs.wait(30) == -signal.SIGKILL
+    for one in hostile:
+        one.communicate(timeout=30)
+        # What reads as overdue may end whoever wrote it.
+        assert one.returncode in (0, -signal.SIGKILL, -signal.SIGTERM)
+    check()
+    assert watcher.pid == pid, "the watcher lives"
+    watcher.server.stop()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_recycled_pid_is_never_signalled() -> None:
+    """A worker's number is given to another process the moment it is free."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may choose the next process id")
+    out = in_a_small_world("""
+from hangwatch.process import Identity
+def next_pid(number):
+    with open("/proc/sys/kernel/ns_last_pid", "w") as last: last.write(str(number - 1))
+# It leaves its connection to a child, so that no end of file tells of its death.
+LEAVES = '''
+import ctypes, os, time, hangwatch
+block = hangwatch.expires(1.0, 'hangs')
+block.__enter__()
+if ctypes.CDLL(None).fork() == 0:  # which knows nothing of Python's fork hooks
+    time.sleep(3)
+os._exit(0)
+'''
+hit = 0
+with hangwatch.serve(report_dir=None, grace=0.2) as server:
+    for _ in range(5):
+        next_pid(500)
+        worker = subprocess.Popen([sys.executable, "-c", LEAVES])
+        assert worker.pid == 500
+        worker.wait()
+        next_pid(500)
+        other = subprocess.Popen(["sleep", "1000"])
+        assert other.pid == 500, other.pid
+        time.sleep(1.6)
+        hit += other.poll() is not None
+        other.kill(); other.wait()
+    assert hang() in (-signal.SIGTERM, -signal.SIGKILL)
+print(hit)
+""")
+    assert out == "0\n"
