@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from hangwatch import wire
+from hangwatch.watcher.reception import RESERVED_DESCRIPTORS
 from support.processes import is_alive, open_files
 from support.raw_worker import answer, connect, hello, memfd
 from support.watchers import RunningWatcher, StartWatcher, wait_until, watcher_below
@@ -371,6 +372,56 @@ class TestTheLimitOfOpenFiles:
         wait_until(
             lambda: answer(served.address, hello(), [memfd()]) is None, "there is room again"
         )
+
+    def test_a_crowd_that_comes_at_once_does_not_use_up_the_reserve(
+        self, served: RunningWatcher, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        """Each of them sees room when it comes; what it needs is opened later."""
+        used = max(map(int, os.listdir(f"/proc/{served.pid}/fd")))
+        limit = used + RESERVED_DESCRIPTORS + 20
+        resource.prlimit(served.pid, resource.RLIMIT_NOFILE, (limit, limit))
+        page = memfd()
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, page)
+            crowd = [stack.enter_context(connect(served.address)) for _ in range(50)]
+            for connection in crowd:
+                socket.send_fds(connection, [hello()], [page])
+            answers = [wire.decode_reply(one.recv(4096)).reason for one in crowd]
+            welcome = answers.count(None)
+            assert 3 <= welcome <= 8, answers
+            refusals = {reason for reason in answers if reason is not None}
+            assert all(f"its limit of {limit} open files" in reason for reason in refusals)
+            numbers = map(int, os.listdir(f"/proc/{served.pid}/fd"))
+            assert max(numbers) < limit - RESERVED_DESCRIPTORS
+        assert "Traceback" not in capfd.readouterr().err
+
+    def test_no_descriptor_at_all_is_a_refusal(
+        self, served: RunningWatcher, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        """The limit falls to what is open, as only prlimit(1) can do, while newcomers come."""
+        page = memfd()
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, page)
+            inside = [stack.enter_context(connect(served.address)) for _ in range(40)]
+            for connection in inside:
+                socket.send_fds(connection, [hello()], [page])
+                assert wire.decode_reply(connection.recv(4096)).reason is None
+            limit = max(map(int, os.listdir(f"/proc/{served.pid}/fd"))) + 1
+            open_now = open_files(served.pid) - 6
+            for connection in inside[:2]:
+                connection.close()
+            wait_until(lambda: open_files(served.pid) == open_now, "two have left")
+            resource.prlimit(served.pid, resource.RLIMIT_NOFILE, (limit, 4096))
+            for room in range(6, 0, -1):
+                with contextlib.ExitStack() as silent:
+                    for _ in range(limit - open_now - room):
+                        silent.enter_context(connect(served.address))
+                    newcomer = silent.enter_context(connect(served.address))
+                    socket.send_fds(newcomer, [hello()], [page])
+                    refused = wire.decode_reply(newcomer.recv(4096)).reason
+                    assert (refused is None) == (room >= 5), (room, refused)
+                wait_until(lambda: open_files(served.pid) == open_now, "nothing leaks")
+        assert "Traceback" not in capfd.readouterr().err
 
     def test_a_truncated_set_is_closed_and_refused(self, served: RunningWatcher) -> None:
         """The keeper has room for a socket, and none for a page."""

@@ -43,6 +43,8 @@ FAULT_EVERY = 0.6
 # A worker that lives longer hangs where nobody watches: it ends, so that others can play.
 _OLD = 90.0
 _END_WITHIN = 60.0
+# A turn of ours that takes so long means that the machine stood still, and nobody ran.
+_STOOD_STILL = 1.0
 _ALONE = "HANGWATCH_SOAK_ALONE"
 _OUTCOMES = {"expired", "reaped", "recovered", "reported", "raised", "gone", "unkillable"}
 
@@ -108,8 +110,11 @@ class Soak:
         until = began + self._seconds
         next_fault = began + 2.0
         playing = progress.add_task("soak", total=self._seconds)
+        now = began
         while self._workers or time.monotonic() < until:
-            now = time.monotonic()
+            before, now = now, time.monotonic()
+            if now - before > _STOOD_STILL:
+                self._note("machine stood still", now - before)
             if now < until:
                 while len(self._workers) < WORKERS:
                     self._start_worker()
@@ -303,7 +308,7 @@ def main(seconds: float, seed: int) -> int:
             soak.run(progress)
         checker = Checker(soak.history)
         problems = checker.problems()
-        print(f"{seconds:g} s, seed {seed}: {summary(soak.history, checker, problems)}")
+        print(f"{seconds:g} s, seed {seed}:\n{summary(soak.history, checker, problems)}")
         for problem in problems[:30]:
             print(f"  {problem}")
         kept = Path("build") / f"soak-{seed}"

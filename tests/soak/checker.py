@@ -150,7 +150,8 @@ def summary(history: History, checker: Checker, problems: list[str]) -> str:
     missed = sum(" was ended " in problem for problem in problems)
     faults = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     return (
-        f"{len(lives)} workers, {timers} timers, {killed} killed by the watcher, {raised} raised; "
+        f"{len(lives):,} workers, {timers:,} timers, {killed} killed by the watcher, "
+        f"{raised} raised, {kinds['watcher lost']} watchers lost\n"
         f"false kills: {false}; missed: {missed}; leaks: {len(history.leaks)}; "
         f"worst lateness: {checker.worst_lateness:.2f} s\n"
         f"faults: {faults or 'none'}\n"

@@ -218,11 +218,15 @@ class Injector:
         self.note("8 busy processes", WHILE_BUSY)
 
     def _few_descriptors(self) -> None:
+        """Leave no room for newcomers, and those inside what they have."""
         pids = [self._keeper, *filter(None, [watcher_below(self._keeper)])]
+        used = 0
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                used = max(used, *map(int, os.listdir(f"/proc/{pid}/fd")))
         for pid in pids:
             with contextlib.suppress(OSError):
                 _, most = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-                used = max(map(int, os.listdir(f"/proc/{pid}/fd")))
                 resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 40, most))
         self.note("few descriptors")
 

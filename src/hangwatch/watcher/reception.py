@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import resource
 import socket
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from time import monotonic
 
 from hangwatch.errors import ProtocolError
 from hangwatch.failpoints import failpoint
+from hangwatch.handover import close_all
 from hangwatch.watcher import admission
 from hangwatch.watcher.keeper_link import KeeperLink
 from hangwatch.watcher.loop import Loop
@@ -115,16 +115,22 @@ class Reception:
         failpoint("handshake.heard")
         self._forget(newcomer)
         newcomer.worker = worker
-        # Said now, since what closes with a hello unread loses our answer.
-        problem = lack_of_descriptors(newcomer.connection.fileno())
         worker.number = self.next_number
         self.next_number += 1
         self._offered[worker.number] = newcomer
+        try:
+            descriptors = descriptors_of(worker, page)
+        except OSError as error:  # the limit is lower than it was
+            self._answered(worker.number, f"the watcher is out of room: {error.strerror}")
+            return
+        # All that it needs is open by now: of a crowd, the last ones find no room. Said after
+        # its hello was read, since what closes with a hello unread loses our answer.
+        problem = lack_of_descriptors(max(newcomer.connection.fileno(), *descriptors))
         if problem is not None:
-            os.close(page)
+            close_all(descriptors)
             self._answered(worker.number, problem)
         else:
-            self._keeper.keep(worker.number, state_of(worker), descriptors_of(worker, page))
+            self._keeper.keep(worker.number, state_of(worker), descriptors)
             failpoint("handshake.offered")
             if not self._keeper.alive:
                 self._answered(worker.number, None)

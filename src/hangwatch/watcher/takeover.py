@@ -13,7 +13,7 @@ import time
 from math import inf
 
 from hangwatch import wire
-from hangwatch.handover import Kept
+from hangwatch.handover import Kept, close_all
 from hangwatch.process import Identity, read_stat
 from hangwatch.watcher.descendants import Doomed
 from hangwatch.watcher.events import Event
@@ -71,10 +71,18 @@ def descriptors_of(worker: Watched, page: int) -> list[int]:
     Args:
         worker: a newcomer.
         page: its page's memfd; given away.
+
+    Raises:
+        OSError: none are left; nothing stays open.
     """
-    descriptors = [os.dup(worker.connection.fileno()), page]
-    if not kernel_gives_pidfds():
-        descriptors.append(os.dup(worker.identity.pidfd))
+    descriptors = [page]
+    try:
+        descriptors.insert(0, os.dup(worker.connection.fileno()))
+        if not kernel_gives_pidfds():
+            descriptors.append(os.dup(worker.identity.pidfd))
+    except OSError:
+        close_all(descriptors)
+        raise
     return descriptors
 
 
