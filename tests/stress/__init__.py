@@ -1,1 +1,1 @@
-"""Long runs under faults that never stop; `make stress-handover`."""
+"""One thing that must never go wrong, tried ten thousand times: dumps and kills."""

@@ -82,7 +82,7 @@ def test_another_due_block_is_found_if_the_first_ends_meanwhile(
     scene.arm(1, now - 1)
     scene.watcher._visit(scene.worker)
     assert scene.found() == []
-    assert scene.worker.next_visit <= time.monotonic()
+    assert scene.watcher._visits.next() <= time.monotonic()
     scene.watcher._visit_due()
     assert scene.found() == [(1, now - 1)]
 
@@ -114,7 +114,7 @@ def test_whichever_visit_comes_first_hears_a_muted_worker_again(scene: Scene) ->
     assert worker.muted
     worker.budget.credit = 0.05
     scene.watcher._visit(worker)  # a sweep, or the end of an incident
-    assert (worker.muted, worker.next_visit) == (False, inf)
+    assert (worker.muted, scene.watcher._visits.next()) == (False, inf)
 
 
 def test_reading_a_page_of_nonsense_takes_no_time_and_says_something() -> None:

@@ -181,8 +181,7 @@ class DropInServer(TimerServer):
     def _take_requests(self, wait: float) -> None:
         """Take requests for `wait` seconds, or until something is due."""
         queue = self._request_queue
-        due = self._table.next_due()
-        until = min(monotonic() + wait, inf if due is None else due)
+        until = min(monotonic() + wait, self._table.next_due())
         requests: list[TimerRequest] = []
         try:
             while True:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections.abc import Iterable
 from time import monotonic
 
+from hangwatch.agenda import Agenda
 from hangwatch.api import TimerRequest
 
 TYPE_CHECKING = False  # typing itself takes long to import
@@ -29,9 +29,8 @@ class TimerTable:
     def __init__(self) -> None:
         self.timers: dict[Key, Any] = {}
         self._scopes: dict[int, set[str]] = {}
-        self._heap: list[tuple[float, int, Key, TimerRequest]] = []
-        self._overdue: dict[Key, tuple[float, TimerRequest]] = {}
-        self._order = 0
+        self._agenda = Agenda()
+        self._overdue: dict[Key, float] = {}
 
     def put(self, request: Any) -> None:
         """Arm a timer, in the place of an older one of its name, or disarm it."""
@@ -46,12 +45,7 @@ class TimerTable:
             return
         self.timers[key] = request
         self._scopes.setdefault(pid, set()).add(scope_id)
-        if len(self._heap) > 64 + 4 * len(self.timers):
-            self._heap = [entry for entry in self._heap if self.timers.get(entry[2]) is entry[3]]
-            heapq.heapify(self._heap)
-        self._order += 1
-        due = monotonic() + expiration_time - time.time()
-        heapq.heappush(self._heap, (due, self._order, key, request))
+        self._agenda.put(key, monotonic() + expiration_time - time.time())
 
     def drop(self, request: TimerRequest) -> None:
         """Forget this one timer, if it is still armed."""
@@ -68,21 +62,16 @@ class TimerTable:
     def expired(self, deadline: float) -> dict[int, list[Any]]:
         """Return the timers due by `deadline` (epoch seconds), the earliest first, by process."""
         by = monotonic() + deadline - time.time()
-        while self._heap and self._heap[0][0] <= by:
-            due, _, key, request = heapq.heappop(self._heap)
-            if self.timers.get(key) is request:
-                self._overdue[key] = due, request
+        self._overdue.update(self._agenda.take(by))
         found: dict[int, list[Any]] = {}
-        for (pid, _), (due, request) in self._overdue.items():
+        for key, due in self._overdue.items():
             if due <= by:
-                found.setdefault(pid, []).append(request)
+                found.setdefault(key[0], []).append(self.timers[key])
         return found
 
-    def next_due(self) -> float | None:
+    def next_due(self) -> float:
         """Return when the next timer that is not overdue yet is due (CLOCK_MONOTONIC)."""
-        while self._heap and self.timers.get(self._heap[0][2]) is not self._heap[0][3]:
-            heapq.heappop(self._heap)
-        return self._heap[0][0] if self._heap else None
+        return self._agenda.next()
 
     def has_overdue(self) -> bool:
         """Tell whether a timer is overdue whose worker was not reaped."""
@@ -95,6 +84,7 @@ class TimerTable:
     def _remove(self, key: Key) -> None:
         if self.timers.pop(key, None) is None:
             return
+        self._agenda.drop(key)
         self._overdue.pop(key, None)
         pid, scope_id = key
         self._scopes[pid].discard(scope_id)

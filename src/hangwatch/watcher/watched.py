@@ -63,7 +63,6 @@ class Watched:
         doomed: who dies with it, once a step to end it was about to be taken.
         at_issue: what an incident is under way about; one at a time a worker.
         left: whether the watch has ended; an incident may still hold it.
-        next_visit: when its page is looked at next (CLOCK_MONOTONIC).
         muted: whether its rings are not heard, its budget being used up.
         budget: how much of the watcher's time it may take.
     """
@@ -81,7 +80,6 @@ class Watched:
     doomed: list[Doomed] = field(default_factory=list)
     at_issue: Overdue | None = None
     left: bool = False
-    next_visit: float = 0.0
     muted: bool = False
     budget: Budget = field(default_factory=Budget)
 

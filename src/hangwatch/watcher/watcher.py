@@ -6,7 +6,6 @@ incidents take their course. `Reception` lets newcomers in.
 
 from __future__ import annotations
 
-import heapq
 import logging
 import os
 import socket
@@ -16,6 +15,7 @@ from math import inf
 from time import monotonic
 
 from hangwatch import linux
+from hangwatch.agenda import Agenda
 from hangwatch.evidence.model import OtherWorker
 from hangwatch.evidence.report import overrun
 from hangwatch.failpoints import failpoint
@@ -23,6 +23,7 @@ from hangwatch.handover import Kept
 from hangwatch.watcher.case import case_of, doing_of
 from hangwatch.watcher.descendants import Doomed, end_doomed
 from hangwatch.watcher.events import Events
+from hangwatch.watcher.fair_clock import FairClock
 from hangwatch.watcher.helper import Helper
 from hangwatch.watcher.incident import Incident
 from hangwatch.watcher.keeper_link import PING_EVERY, KeeperLink
@@ -43,10 +44,6 @@ _log = logging.getLogger("hangwatch.watcher")
 # Without the fence a ring can be missed by a store buffer's width; looking at every page
 # once a second bounds what that costs.
 _SWEEP_EVERY = 1.0
-# Being this late means that we, and perhaps the workers too, did not run: a frozen
-# cgroup, a stopped job. Who is overdue by then gets a moment to leave its block.
-_OVERSLEPT = 1.0
-_LONGEST_SETTLING = 1.0
 # Who stays outside of every block is found that part of the gap late, at most.
 _GAP_LOOKS_EVERY = 0.1
 _MOST_RINGS_READ = 64
@@ -88,14 +85,11 @@ class Watcher:
             listener, self.loop, self.keeper, settings.allowed_uids, self._welcome
         )
         self._workers: dict[int, Watched] = {}
-        self._heap: list[tuple[float, int, Watched]] = []
-        self._order = 0
+        self._visits = Agenda()
         self._incidents: list[Incident] = []
         self._stopping = self._leaving = False
         self._fenced = linux.fence()
-        # Until `run`: what a successor finds overdue gets nothing on top.
-        self._awake_by = inf
-        self._paused_until = self._pause = 0.0
+        self._clock = FairClock()
         self._next_tick = self._next_sweep = monotonic()
 
     def take_over(self, kept: dict[int, Kept]) -> None:
@@ -145,8 +139,9 @@ class Watcher:
         failpoint("handover.ready")
         while not (self._stopping and all(incident.told for incident in self._incidents)):
             self._notice_pause()
-            self._awake_by = max(self._next_wake(), monotonic())
-            self.loop.sleep(self._awake_by)
+            until = max(self._next_wake(), monotonic())
+            self._clock.sleeps_until(until)
+            self.loop.sleep(until)
             self._notice_pause()
             self.loop.dispatch()
             self._visit_due()
@@ -160,21 +155,14 @@ class Watcher:
 
     def _notice_pause(self) -> None:
         """Notice that we, and perhaps the workers too, did not run for a while."""
-        now = monotonic()
-        late = now - self._awake_by
-        self._awake_by = now
-        if late > _OVERSLEPT:
-            self._paused_until, self._pause = now, late
+        late = self._clock.notice()
+        if late:
             _log.warning("the watcher did not run for %.1f s; who is overdue may settle", late)
             self._events.tell({"event": "stalled", "at": time.time(), "for_s": round(late, 3)})
 
     def _next_wake(self) -> float:
-        while self._heap and self._heap[0][0] != self._heap[0][2].next_visit:
-            heapq.heappop(self._heap)
-        times = [self._next_tick, *(incident.wake for incident in self._incidents)]
-        if self._heap:
-            times.append(self._heap[0][0])
-        return min(times)
+        wakes = (incident.wake for incident in self._incidents)
+        return min(self._next_tick, self._visits.next(), *wakes)
 
     def _tick(self) -> None:
         now = monotonic()
@@ -234,7 +222,7 @@ class Watcher:
         if worker.left:
             return
         worker.left = True
-        worker.next_visit = inf
+        self._visits.drop(worker)
         # Who has only hung up shall ring again, for somebody else.
         worker.reader.promise(0.0)
         if worker.welcomed:
@@ -288,13 +276,10 @@ class Watcher:
         worker.budget.spend(time.thread_time() - began + _WAKING_COSTS)
 
     def _visit_due(self) -> None:
-        now = monotonic()
-        while self._heap and self._heap[0][0] <= now:
-            when, _, worker = heapq.heappop(self._heap)
-            if when == worker.next_visit and not worker.left:
-                began = time.thread_time()
-                self._visit(worker)
-                worker.budget.spend(time.thread_time() - began + _WAKING_COSTS)
+        for worker, _ in self._visits.take(monotonic()):
+            began = time.thread_time()
+            self._visit(worker)
+            worker.budget.spend(time.thread_time() - began + _WAKING_COSTS)
 
     def _visit(self, worker: Watched) -> None:
         now = monotonic()
@@ -302,7 +287,7 @@ class Watcher:
             # Not even its rings are heard until then.
             worker.muted = True
             self.loop.listen_for(worker.connection.fileno(), 0)
-            self._schedule(worker, now + worker.budget.again_after())
+            self._visits.put(worker, now + worker.budget.again_after())
             return
         if worker.muted:
             # Whoever visits: the promise that follows counts on rings.
@@ -318,20 +303,11 @@ class Watcher:
             standstill = worker.stands_still(now, moved, found.inside, self.settings.gap)
             if standstill is not None and worker.judged.get(standstill, 0.0) <= now:
                 due.append(standstill)
-        self._schedule(worker, again)
+        self._visits.put(worker, again)
         if due and not worker.busy:
             self._open_incident(worker, due[0])
         elif worker.judged and not due:
             worker.forget_ended()
-
-    def _schedule(self, worker: Watched, when: float) -> None:
-        worker.next_visit = when
-        if len(self._heap) > 64 + 4 * len(self._workers):
-            self._heap = [entry for entry in self._heap if entry[0] == entry[2].next_visit]
-            heapq.heapify(self._heap)
-        if when != inf:
-            self._order += 1
-            heapq.heappush(self._heap, (when, self._order, worker))
 
     # -- incidents
 
@@ -340,14 +316,12 @@ class Watcher:
         case = case_of(worker, found, at)
         if case is None:
             # Its deadline may have moved, not ended: this visit has not seen the new one.
-            self._schedule(worker, at)
+            self._visits.put(worker, at)
             return
         told = found in worker.judged
         worker.judged[found] = inf
         self._notice_pause()
-        settle = 0.0
-        if found.deadline <= self._paused_until:
-            settle = min(self._pause, case.scope.limit_s, _LONGEST_SETTLING)
+        settle = self._clock.settling(found.deadline, case.scope.limit_s)
         wishes = worker.reader.wishes(found) if isinstance(found, Armed) else Wishes()
         verdict = Verdict(
             *(worker, found, at, case),

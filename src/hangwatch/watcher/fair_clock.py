@@ -1,0 +1,45 @@
+"""Notices that this process did not run, and so that perhaps no worker did: a frozen cgroup."""
+
+from __future__ import annotations
+
+from math import inf
+from time import monotonic
+
+# Being this late means that we, and perhaps the workers too, did not run: a frozen
+# cgroup, a stopped job. Who is overdue by then gets a moment to leave its block.
+_OVERSLEPT = 1.0
+_LONGEST_SETTLING = 1.0
+
+
+class FairClock:
+    """Knows when we should have run, and who was overdue while nobody did."""
+
+    def __init__(self) -> None:
+        # Until the first sleep: what a successor finds overdue gets nothing on top.
+        self._awake_by = inf
+        self._paused_until = self._pause = 0.0
+
+    def sleeps_until(self, when: float) -> None:
+        """Note when we mean to run again (CLOCK_MONOTONIC)."""
+        self._awake_by = when
+
+    def notice(self) -> float:
+        """Notice a pause: return how long we did not run, 0 if that is nothing unusual."""
+        now = monotonic()
+        late = now - self._awake_by
+        self._awake_by = now
+        if late <= _OVERSLEPT:
+            return 0.0
+        self._paused_until, self._pause = now, late
+        return late
+
+    def settling(self, deadline: float, limit: float) -> float:
+        """Return the seconds that a block which is overdue gets to end by itself.
+
+        Args:
+            deadline: when it should have ended (CLOCK_MONOTONIC).
+            limit: its limit in seconds.
+        """
+        if deadline > self._paused_until:
+            return 0.0
+        return min(self._pause, limit, _LONGEST_SETTLING)
