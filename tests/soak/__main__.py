@@ -170,7 +170,7 @@ class Soak:
             statement = Statement(now, event["pid"], event["scope"], event["event"])
             self.history.statements.append(statement)
         elif event["event"] == "restarted":
-            self._note("watcher lost", faults.AFTER_STOP)
+            self._note("watcher lost", 0.0)
         elif event["event"] == "stalled":
             self._note("stalled", event["for_s"])
 

@@ -13,9 +13,9 @@ _GENTLE = (-signal.SIGKILL, -signal.SIGTERM)
 # Between the watcher's last look and its signal, and between a death and our seeing it, a
 # busy machine may take a while: who leaves an overdue block just then is not saved.
 _RACE = 1.0
-# From a deadline to the death on a busy machine, with evidence that takes its 2 s, for a
-# crowd 4 s, and the settling time after a stop.
-UNDISTURBED = 8.0
+WITHIN = 15.0
+"""Seconds from a deadline to the end of the matter: evidence takes 2 s, 4 s in a crowd, and
+may be gathered again by each watcher that follows one that died or was stopped meanwhile."""
 _CONNECTS_WITHIN = 0.5
 
 
@@ -117,8 +117,7 @@ class Checker:
 
     def _bound(self, since: float, patience: float) -> float:
         """Return the seconds after which what is overdue must have been dealt with."""
-        bound = UNDISTURBED + patience
-        # Each fault around it delays its end, and so brings more faults around it.
+        bound = WITHIN + patience
         index = bisect_left(self._fault_times, since - self._dearest)
         for fault in self._faults[index:]:
             if fault.at > since + bound:

@@ -178,7 +178,7 @@ class Fault:
     """Something that the injector did, or that befell the watcher, and what it may cost.
 
     Attributes:
-        costs: seconds by which it may delay the end of what is overdue around it.
+        costs: seconds that it gives to what is overdue around it; few faults do.
     """
 
     at: float

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from soak.checker import UNDISTURBED, Checker
+from soak.checker import WITHIN, Checker
 from soak.history import Fault, History, Life, Statement, life_of
 
 PID = 7
@@ -156,22 +156,22 @@ def test_a_hang_that_nobody_ends() -> None:
 
 
 def test_a_hang_that_is_ended_too_late() -> None:
-    late = 11.0 + UNDISTURBED + 0.5
+    late = 11.0 + WITHIN + 0.5
     (problem,) = problems(dead(life(*entered(10.0)), late), said=[(late, "a", "reaped")])
     assert "late, bound" in problem
 
 
-def test_a_fault_around_it_lengthens_the_bound_and_one_long_ago_does_not() -> None:
-    late = 11.0 + UNDISTURBED + 0.5
+def test_a_standstill_around_it_lengthens_the_bound_and_one_long_ago_does_not() -> None:
+    late = 11.0 + WITHIN + 0.5
     hang = dead(life(*entered(10.0)), late)
     said = [(late, "a", "reaped")]
-    assert problems(hang, said=said, faults=[Fault(12.0, "watcher killed", 0.8)]) == []
-    assert problems(hang, said=said, faults=[Fault(8.0, "watcher killed", 0.8)])
-    assert problems(hang, said=said, faults=[Fault(late + 1, "watcher killed", 0.8)])
+    assert problems(hang, said=said, faults=[Fault(12.0, "machine stood still", 0.8)]) == []
+    assert problems(hang, said=said, faults=[Fault(8.0, "machine stood still", 0.8)])
+    assert problems(hang, said=said, faults=[Fault(late + 1, "machine stood still", 0.8)])
 
 
 def test_a_grace_lengthens_the_bound() -> None:
-    late = 11.0 + UNDISTURBED + 0.5
+    late = 11.0 + WITHIN + 0.5
     said = [(late, "a", "reaped")]
     assert problems(dead(life(*entered(10.0, patience=1.0)), late), said=said) == []
 
