@@ -219,7 +219,9 @@ def test_options_of_the_command_are_its_own() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_run_alone_reaches_the_command_once(number: signal.Signals) -> None:
     script = (
-        f"import signal, time\nsignal.signal({int(number)}, lambda *_: print('got', flush=True))\n"
+        # A print here could meet one that is under way.
+        "import os, signal, time\n"
+        f"signal.signal({int(number)}, lambda *_: os.write(1, b'got\\n'))\n"
         "print('ready', flush=True)\nend = time.monotonic() + 1.5\n"
         "while time.monotonic() < end: time.sleep(0.1)"
     )

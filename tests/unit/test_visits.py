@@ -117,6 +117,17 @@ def test_whichever_visit_comes_first_hears_a_muted_worker_again(scene: Scene) ->
     assert (worker.muted, scene.watcher._visits.next()) == (False, inf)
 
 
+def test_what_was_judged_is_forgotten_though_something_is_due_at_each_visit(scene: Scene) -> None:
+    now = time.monotonic()
+    for count in range(3000):
+        scene.arm(0, now - 1, entry=float(count))
+        scene.worker.at_issue = None
+        scene.watcher._visit(scene.worker)
+        scene.worker.budget.credit = 0.05
+        scene.watcher._incidents.clear()
+    assert len(scene.worker.judged) < 1010
+
+
 def test_reading_a_page_of_nonsense_takes_no_time_and_says_something() -> None:
     """Whatever bytes a worker writes, also 4,096 blocks in each other, in a ring, or NaN."""
     rng = random.Random(11)

@@ -47,6 +47,8 @@ _SWEEP_EVERY = 1.0
 # Who stays outside of every block is found that part of the gap late, at most.
 _GAP_LOOKS_EVERY = 0.1
 _MOST_RINGS_READ = 64
+# Beyond, what has ended is forgotten even if something is due at each visit.
+_MANY_JUDGED = 1000
 _INCIDENTS_AT_ONCE = 0.005
 # What a turn of the loop costs besides the visit, roughly, in seconds of CPU.
 _WAKING_COSTS = 30e-6
@@ -304,10 +306,10 @@ class Watcher:
             if standstill is not None and worker.judged.get(standstill, 0.0) <= now:
                 due.append(standstill)
         self._visits.put(worker, again)
+        if worker.judged and (not due or len(worker.judged) > _MANY_JUDGED):
+            worker.forget_ended()
         if due and not worker.busy:
             self._open_incident(worker, due[0])
-        elif worker.judged and not due:
-            worker.forget_ended()
 
     # -- incidents
 
