@@ -34,7 +34,7 @@ def be_a_watcher_that_dies(victim: int, directory: str, kills: bool) -> None:
         directory,
     )
     if kills:
-        reporter.about_to_send(signal.SIGKILL)
+        reporter.about_to_send(signal.SIGKILL, 5.0)
         os.kill(victim, signal.SIGKILL)
     os._exit(0)
 

@@ -6,12 +6,29 @@ import os
 import signal
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Set
+from dataclasses import dataclass
 from time import monotonic
 
 from hangwatch.process import Identity, may_signal, read_stat
 
 Doomed = tuple[int, int]
 """A process that dies with a worker: its pid, and its start in ticks since boot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """What a step of the ladder was about to do, for whoever finds the worker after it.
+
+    Attributes:
+        doomed: who dies with the worker.
+        until: if it still lives then, it has survived (CLOCK_MONOTONIC).
+        reporter: who waits for its death, to report it, should the watcher have died.
+    """
+
+    doomed: tuple[Doomed, ...]
+    until: float
+    reporter: Doomed | None
+
 
 _MOST_DOOMED = 256
 _DEAD_WITHIN = 1.0
@@ -78,10 +95,13 @@ class Tree:
     def look(self, pid: int, spare: Set[int]) -> list[Doomed]:
         """Find those that there are now; return all that were found so far, up to a number."""
         for found in descendants_of(pid, spare):
-            if found.pid in self._held and not self._held[found.pid].is_dead():
+            known = self._held.get(found.pid)
+            if known is not None and known.start_ticks == found.start_ticks:
                 os.close(found.pidfd)
-            else:
-                self._held[found.pid] = found
+                continue
+            if known is not None:  # its number is another's by now
+                os.close(known.pidfd)
+            self._held[found.pid] = found
         return [(held.pid, held.start_ticks) for held in self._held.values()][:_MOST_DOOMED]
 
     def end(

@@ -28,6 +28,7 @@ class Helper:
         before_close: called with the pipe before it is closed.
 
     Attributes:
+        pid: the child's, ours until it is waited for.
         pipe: becomes readable when there is more to `read`.
         result: what `work` returned, once `done`; None if it failed or was killed.
         done: whether the child has ended its work or was killed.
@@ -52,12 +53,12 @@ class Helper:
         sys.stderr.flush()
         parent = os.getpid()
         try:
-            self._pid = os.fork()
+            self.pid = os.fork()
         except OSError:
             os.close(self.pipe)
             os.close(write_end)
             raise
-        if self._pid == 0:
+        if self.pid == 0:
             _run(work, write_end, keep, None if outlives else parent)
         os.close(write_end)
 
@@ -86,8 +87,8 @@ class Helper:
         os.close(self.pipe)
         # Not yet waited for, so the number is still its own.
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGKILL)
-        Helper._unreaped.add(self._pid)
+            os.kill(self.pid, signal.SIGKILL)
+        Helper._unreaped.add(self.pid)
         Helper.reap()
 
     _unreaped: ClassVar[set[int]] = set()

@@ -20,11 +20,11 @@ from hangwatch.evidence.model import Action, Evidence, Outcome, Report
 from hangwatch.evidence.report import facts, headline
 from hangwatch.evidence.stacks import Asked
 from hangwatch.failpoints import failpoint
-from hangwatch.watcher.descendants import Tree
+from hangwatch.watcher.descendants import Sentence, Tree
 from hangwatch.watcher.error_file import ErrorFile
 from hangwatch.watcher.page_reader import ENDED, PAUSED
 from hangwatch.watcher.raising import SoftEnding
-from hangwatch.watcher.reporter import Reporter
+from hangwatch.watcher.reporter import Reporter, name_of
 from hangwatch.watcher.settings import OnExpiry
 from hangwatch.watcher.verdict import Surroundings, Verdict
 
@@ -295,13 +295,13 @@ class Incident:
         if outcome is not None:
             return outcome
         failpoint("ladder.looked")
-        if doomed:
-            worker.doomed = doomed
-            self._around.keep_in_mind(worker)
+        reporter = None if self._reporter is None else self._reporter.identity
+        worker.sentence = Sentence(tuple(doomed), monotonic() + within, reporter)
+        self._around.keep_in_mind(worker)
         if self._reporter is not None:
-            self._reporter.about_to_send(number)
+            self._reporter.about_to_send(number, within)
         failpoint("ladder.announced")
-        self._note(_name_of(number), worker.identity.send(number))
+        self._note(name_of(number), worker.identity.send(number))
         failpoint("ladder.sent")
         self._signalled = True
         # Who leaves the block on SIGTERM may be on its way out: it has the whole grace.
@@ -319,7 +319,7 @@ class Incident:
     def _end_tree(self) -> Course:
         worker = self.verdict.worker
         yield from self._tree.end(worker.identity.uid, self._around.spared(worker), self._note)
-        worker.doomed = []
+        worker.sentence = None
 
     def _note(self, action: str, result: str) -> None:
         self._actions.append(Action(action, round(monotonic() - self.verdict.at, 6), result))
@@ -383,10 +383,3 @@ def _packed(evidence: Evidence) -> bytes:
 def _unpacked(result: bytes) -> tuple[str | None, bytes]:
     debugger, evidence = pickle.loads(result)
     return debugger, evidence
-
-
-def _name_of(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # one of the real-time signals in between
-        return f"signal {number}"

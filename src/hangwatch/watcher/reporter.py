@@ -11,13 +11,10 @@ from typing import Protocol
 
 from hangwatch.evidence.model import Action, Case, Evidence, Outcome, Report
 from hangwatch.evidence.publish import publish
-from hangwatch.process import Identity
+from hangwatch.process import Identity, read_stat
+from hangwatch.watcher.descendants import Doomed
 from hangwatch.watcher.helper import Helper
 
-# What is told before a signal is sent, and how long a death of it is waited for should
-# the watcher die meanwhile. A worker that survives is its successor's to report.
-_KILL, _ASK = b"k", b"t"
-_DEAD_WITHIN = {_KILL: 5.0, _ASK: 0.0}
 _PICKLED = b"\x80"  # how pickles begin
 
 
@@ -44,6 +41,7 @@ class Reporter:
 
     Attributes:
         helper: the process.
+        identity: who that is; None if /proc doesn't say.
 
     Raises:
         OSError: no process or no descriptor is left.
@@ -78,10 +76,16 @@ class Reporter:
             raise
         finally:
             os.close(inbox)
+        stat = read_stat(self.helper.pid)
+        self.identity: Doomed | None = None if stat is None else (stat.pid, stat.start_ticks)
 
-    def about_to_send(self, number: int) -> None:
-        """Tell it what would explain a death."""
-        os.write(self._outbox, _KILL if number == signal.SIGKILL else _ASK)
+    def about_to_send(self, number: int, within: float) -> None:
+        """Tell it what would explain a death within so many seconds.
+
+        For so long it waits for that death, should the watcher die meanwhile; a successor
+        that finds the worker alive and overdue ends it, see `Sentence`.
+        """
+        os.write(self._outbox, b"%d %f\n" % (number, within))
 
     def finish(self, outcome: Outcome, actions: list[Action]) -> None:
         """Tell it how the incident ended; then call `send_rest` until that is true."""
@@ -118,11 +122,22 @@ def _ending(told: bytes, identity: Identity, at: float) -> tuple[Outcome, list[A
         outcome, actions = pickle.loads(_PICKLED + rest)
     except Exception:
         # The watcher has died. What it was about to do it may have done.
-        last = steps[-1:]
-        if last and identity.is_dead(_DEAD_WITHIN[last]):
-            now = round(monotonic() - at, 6)
-            sent = "SIGKILL" if last == _KILL else "the first signal"
-            died = "it is dead; the watcher has died meanwhile"
-            return Outcome.REAPED, [Action(sent, now, "sent"), Action("confirm", now, died)]
-        return None
+        if not steps:
+            return None
+        number, within = steps.splitlines()[-1].split()
+        if not identity.is_dead(float(within)):
+            return None
+        now = round(monotonic() - at, 6)
+        return Outcome.REAPED, [
+            Action(name_of(int(number)), now, "sent, or about to be"),
+            Action("confirm", now, "it is dead; the watcher has died meanwhile"),
+        ]
     return outcome, actions
+
+
+def name_of(number: int) -> str:
+    """Return a signal's name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # one of the real-time signals in between
+        return f"signal {number}"

@@ -10,12 +10,15 @@ import json
 import os
 import socket
 import time
+from dataclasses import astuple
 from math import inf
+from typing import Any
 
 from hangwatch import wire
+from hangwatch.errors import ProtocolError
 from hangwatch.handover import Kept, close_all
-from hangwatch.process import Identity, read_stat
-from hangwatch.watcher.descendants import Doomed
+from hangwatch.process import Identity
+from hangwatch.watcher.descendants import Sentence
 from hangwatch.watcher.events import Event
 from hangwatch.watcher.identity import credentials_of, identify, kernel_gives_pidfds
 from hangwatch.watcher.page_reader import Armed, PageReader
@@ -31,19 +34,18 @@ class HasLeft(Exception):  # noqa: N818  # news, no error
     Attributes:
         event: what is to be told of it; None: it was told.
         uid: its user.
-        doomed: who was to die with it; nobody if it is not dead.
+        sentence: what was to be done to it.
     """
 
     def __init__(
-        self, identity: Identity, labels: dict[str, str], told: bool, doomed: list[Doomed]
+        self, pid: int, uid: int, labels: dict[str, str], told: bool, sentence: Sentence | None
     ) -> None:
-        super().__init__(identity.pid)
-        pid, now = identity.pid, time.time()
+        super().__init__(pid)
         self.event: Event | None = None
         if not told:
-            self.event = {"event": "left", "at": now, "pid": pid, "labels": labels}
-        self.uid = identity.uid
-        self.doomed = doomed if identity.is_dead() else []
+            self.event = {"event": "left", "at": time.time(), "pid": pid, "labels": labels}
+        self.uid = uid
+        self.sentence = sentence
 
 
 def state_of(worker: Watched) -> bytes:
@@ -54,7 +56,8 @@ def state_of(worker: Watched) -> bytes:
             "stacks_inode": worker.stacks_inode,
             "welcomed": worker.welcomed,
             "left": worker.left,
-            "doomed": worker.doomed,
+            "start_ticks": worker.identity.start_ticks,
+            "sentence": None if worker.sentence is None else astuple(worker.sentence),
             "judged": [
                 (found.index, found.entry, found.deadline, None if again == inf else again)
                 for found, again in sorted(worker.judged.items(), key=lambda item: item[0].deadline)
@@ -101,16 +104,18 @@ def take_over(number: int, kept: Kept) -> Watched:
     connection = socket.socket(fileno=descriptors.pop(0))
     reader = identity = None
     try:
+        state = json.loads(kept.state)
+        hello = wire.decode_hello(state["hello"].encode())
+        sentence = _sentence(state["sentence"])
         reader = PageReader(descriptors[0])
         # Before another one is opened: a successor needs no more of them than its predecessor.
         os.close(descriptors.pop(0))
-        identity = _identify_again(connection, descriptors)
-        state = json.loads(kept.state)
-        hello = wire.decode_hello(state["hello"].encode())
-        doomed = [(pid, start) for pid, start in state["doomed"]]
-        if identity.is_dead() or _hung_up(connection):
-            reader.promise(0.0)  # which its watcher has promised, and nobody keeps
-            raise HasLeft(identity, hello.labels, state["left"], doomed)
+        hung_up = _hung_up(connection)
+        identity = _identify_again(connection, descriptors, state["start_ticks"], hung_up)
+        # A sentence waits for the death of who is on its way out.
+        if identity is None or identity.is_dead() or (hung_up and sentence is None):
+            pid, uid = credentials_of(connection)
+            raise HasLeft(pid, uid, hello.labels, state["left"], sentence)
         return Watched(
             connection=connection,
             identity=identity,
@@ -119,7 +124,8 @@ def take_over(number: int, kept: Kept) -> Watched:
             stacks_inode=(state["stacks_inode"][0], state["stacks_inode"][1]),
             number=number,
             welcomed=state["welcomed"],
-            doomed=doomed,
+            left=state["left"],
+            sentence=sentence,
             judged={
                 Armed(*slot): inf if again is None else again for *slot, again in state["judged"]
             },
@@ -127,18 +133,39 @@ def take_over(number: int, kept: Kept) -> Watched:
     except BaseException:
         connection.close()
         if reader is not None:
+            reader.promise(0.0)  # which its watcher has promised, and nobody keeps
             reader.close()
         for descriptor in descriptors if identity is None else [identity.pidfd]:
             os.close(descriptor)
         raise
 
 
-def _identify_again(connection: socket.socket, held: list[int]) -> Identity:
-    if not held:
-        return identify(connection)
-    pid, uid = credentials_of(connection)
-    stat = read_stat(pid)
-    return Identity(pid, uid, 0 if stat is None else stat.start_ticks, held[0])
+def _identify_again(
+    connection: socket.socket, held: list[int], start_ticks: int, hung_up: bool
+) -> Identity | None:
+    """Hold the process at the other end; None: it has been waited for, and is no more."""
+    if held:
+        pid, uid = credentials_of(connection)
+        return Identity(pid, uid, start_ticks, held[0])
+    try:
+        identity = identify(connection)
+    except ProtocolError:
+        # From Linux 6.5 to 6.15 the socket of a process that is no more has no pidfd.
+        if hung_up:
+            return None
+        raise
+    if identity.start_ticks == start_ticks or not (identity.start_ticks and start_ticks):
+        return identity
+    os.close(identity.pidfd)  # its number is another's by now
+    return None
+
+
+def _sentence(kept: list[Any] | None) -> Sentence | None:
+    if kept is None:
+        return None
+    doomed, until, reporter = kept
+    pairs = tuple((pid, start) for pid, start in doomed)
+    return Sentence(pairs, until, None if reporter is None else (reporter[0], reporter[1]))
 
 
 def _hung_up(connection: socket.socket) -> bool:

@@ -9,7 +9,7 @@ from math import inf
 from typing import ClassVar
 
 from hangwatch.process import Identity
-from hangwatch.watcher.descendants import Doomed
+from hangwatch.watcher.descendants import Sentence
 from hangwatch.watcher.page_reader import Overdue, PageReader, Standstill
 from hangwatch.wire import Hello
 
@@ -60,7 +60,7 @@ class Watched:
             but under a debugger. A block that moved its deadline since is judged anew.
         standing_since: since when it has stood still outside of every block (CLOCK_MONOTONIC);
             infinite while it doesn't.
-        doomed: who dies with it, once a step to end it was about to be taken.
+        sentence: what the last step to end it was about to do, until it is dead or has survived.
         at_issue: what an incident is under way about; one at a time a worker.
         left: whether the watch has ended; an incident may still hold it.
         muted: whether its rings are not heard, its budget being used up.
@@ -77,7 +77,7 @@ class Watched:
     entries: list[float] = field(default_factory=list)
     judged: dict[Overdue, float] = field(default_factory=dict)
     standing_since: float = inf
-    doomed: list[Doomed] = field(default_factory=list)
+    sentence: Sentence | None = None
     at_issue: Overdue | None = None
     left: bool = False
     muted: bool = False

@@ -21,7 +21,7 @@ from hangwatch.evidence.report import overrun
 from hangwatch.failpoints import failpoint
 from hangwatch.handover import Kept
 from hangwatch.watcher.case import case_of, doing_of
-from hangwatch.watcher.descendants import Doomed, end_doomed
+from hangwatch.watcher.descendants import Sentence, end_doomed
 from hangwatch.watcher.events import Events
 from hangwatch.watcher.fair_clock import FairClock
 from hangwatch.watcher.helper import Helper
@@ -87,6 +87,7 @@ class Watcher:
             listener, self.loop, self.keeper, settings.allowed_uids, self._welcome
         )
         self._workers: dict[int, Watched] = {}
+        self._leavers: set[Watched] = set()
         self._visits = Agenda()
         self._incidents: list[Incident] = []
         self._stopping = self._leaving = False
@@ -111,6 +112,9 @@ class Watcher:
                 self.keeper.drop(number)
             else:
                 failpoint("handover.taken")
+                if worker.left:
+                    self._await_end(worker)
+                    continue
                 self._watch(worker)
                 failpoint("handover.visited")
                 if worker.welcomed:
@@ -121,7 +125,7 @@ class Watcher:
         for news in gone:
             if news.event is not None:
                 self._events.tell(news.event)
-            self._end_doomed(news.doomed, news.uid)
+            self._carry_out(news.sentence, news.uid)
         self._reception.next_number = max(kept, default=0) + 1
         if self._successor:
             workers = len(self._workers)
@@ -174,7 +178,8 @@ class Watcher:
         self.keeper.ping(len(self._workers))
         self._events.send_waiting()
         self._events.tell({"event": "alive", "at": time.time(), "joined": self._joined}, True)
-        if self._leaving and not self._workers:
+        self._lift_sentences(now)
+        if self._leaving and not self._workers and not self._leavers:
             self.stop()
         Helper.reap()
         self._reception.tick(now)
@@ -232,24 +237,44 @@ class Watcher:
         del self._workers[worker.connection.fileno()]
         self.loop.remove(worker.connection.fileno())
         self.loop.remove(worker.identity.pidfd)
-        if worker.busy:
-            # Who was to die with it must not outlive us.
+        self._await_end(worker)
+
+    def _await_end(self, worker: Watched) -> None:
+        """Let go of who has left, once no incident and no sentence is about it any more."""
+        # It hangs up before it is dead.
+        if worker.busy or (worker.sentence is not None and not worker.identity.is_dead()):
             self.keep_in_mind(worker)
+            self._leavers.add(worker)
             self.loop.add(worker.identity.pidfd, lambda: self._died(worker))
             self._poke()
         else:
             self._let_go(worker)
 
     def _let_go(self, worker: Watched) -> None:
+        self._leavers.discard(worker)
         self.keeper.drop(worker.number)
         if worker.identity.is_dead():
-            self._end_doomed(worker.doomed, worker.identity.uid)
+            self._carry_out(worker.sentence, worker.identity.uid)
         worker.close()
 
-    def _end_doomed(self, doomed: list[Doomed], uid: int) -> None:
-        """End what a watcher that died was about to end with its worker."""
-        for pid in end_doomed(doomed, uid, self._spared()):
-            _log.warning("killed process %d, which its worker had left behind", pid)
+    def _carry_out(self, sentence: Sentence | None, uid: int) -> None:
+        """End what was to be ended with a worker that is dead."""
+        if sentence is not None:
+            for pid in end_doomed(sentence.doomed, uid, self._spared()):
+                _log.warning("killed process %d, which its worker had left behind", pid)
+
+    def _lift_sentences(self, now: float) -> None:
+        """Forget what a watcher that died was about to do to who has survived it."""
+        for worker in [*self._workers.values(), *self._leavers]:
+            sentence = worker.sentence
+            if sentence is None or worker.busy or now < sentence.until:
+                continue
+            if not worker.identity.is_dead():
+                worker.sentence = None
+                self.keep_in_mind(worker)
+            if worker in self._leavers:
+                self.loop.remove(worker.identity.pidfd)
+                self._let_go(worker)
 
     def _ended(self, worker: Watched) -> None:
         # The event may be an older descriptor's of the same number.
@@ -257,8 +282,12 @@ class Watcher:
             self._drop(worker)
 
     def _died(self, worker: Watched) -> None:
+        if not worker.identity.is_dead():
+            return
         self.loop.remove(worker.identity.pidfd)
         self._poke()
+        if not worker.busy:
+            self._let_go(worker)
 
     # -- visiting
 
@@ -320,6 +349,9 @@ class Watcher:
             # Its deadline may have moved, not ended: this visit has not seen the new one.
             self._visits.put(worker, at)
             return
+        if worker.sentence is not None and worker.sentence.reporter is not None:
+            # Its story is ours to tell now.
+            end_doomed([worker.sentence.reporter], os.geteuid(), set())
         told = found in worker.judged
         worker.judged[found] = inf
         self._notice_pause()
@@ -351,9 +383,9 @@ class Watcher:
             worker = incident.verdict.worker
             if worker.left:
                 self.loop.remove(worker.identity.pidfd)
-                self._let_go(worker)
+                self._await_end(worker)
             else:
-                worker.doomed = []
+                worker.sentence = None
                 # What a successor must not report, or take a step about, a second time.
                 self.keep_in_mind(worker)
                 self._visit(worker)

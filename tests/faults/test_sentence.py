@@ -1,0 +1,119 @@
+"""The watcher dies after a signal: what was to die with the worker does, and nobody else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from hangwatch import failpoints
+from support.processes import is_alive, open_files
+from support.watchers import RunningWatcher, StartWatcher, wait_until
+
+# Asked by SIGTERM, it does what its argument says; its child has left its session.
+ASKED = """
+import os, signal, subprocess, sys, time, hangwatch
+def asked(*_):
+    if sys.argv[1] != "recover":
+        time.sleep(float(sys.argv[2]))
+        sys.exit(7) if sys.argv[1] == "sys.exit" else os._exit(7)
+    raise TimeoutError
+signal.signal(signal.SIGTERM, asked)
+child = subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL, start_new_session=True)
+print(child.pid, flush=True)
+try:
+    with hangwatch.expires(after=0.3, scope="asked"):
+        time.sleep(1000)
+except TimeoutError:
+    pass
+end = time.monotonic() + 4
+while time.monotonic() < end:
+    with hangwatch.expires(after=60, scope="healthy"):
+        time.sleep(0.01)
+os._exit(7)
+"""
+
+
+def start(
+    start_watcher: StartWatcher, monkeypatch: pytest.MonkeyPatch, what: str, **options: object
+) -> RunningWatcher:
+    with monkeypatch.context() as patch:
+        patch.setenv(failpoints.VARIABLE, what)
+        return start_watcher(**options)
+
+
+def asked(watcher: RunningWatcher, *how: str) -> tuple[subprocess.Popen[str], int]:
+    worker = watcher.python("-c", ASKED, *how)
+    assert worker.stdout is not None
+    return worker, int(worker.stdout.readline())
+
+
+@pytest.mark.parametrize("after", ["0.01", "0.3"])
+@pytest.mark.parametrize("how", ["sys.exit", "os._exit"])
+def test_who_ends_in_the_grace_takes_its_descendants_along(
+    start_watcher: StartWatcher, monkeypatch: pytest.MonkeyPatch, how: str, after: str
+) -> None:
+    watcher = start(start_watcher, monkeypatch, "ladder.sent=kill@1", grace=2)
+    before = open_files(watcher.keeper_pid)
+    worker, child = asked(watcher, how, after)
+    assert worker.wait(20) == 7
+    worker.communicate()
+    wait_until(lambda: not is_alive(child), "its child is dead")
+    assert watcher.report(pid=worker.pid)["outcome"] == "reaped"
+    wait_until(lambda: open_files(watcher.keeper_pid) <= before, "nothing is left open")
+    time.sleep(0.3)
+    assert len(watcher.reports()) == 1
+
+
+def test_who_recovered_keeps_its_descendants_when_it_ends_later(
+    start_watcher: StartWatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watcher = start(start_watcher, monkeypatch, "ladder.sent=kill@1", grace=1)
+    worker, child = asked(watcher, "recover")
+    try:
+        assert worker.wait(20) == 7
+        worker.communicate()
+        time.sleep(1)
+        assert is_alive(child), "nothing was overdue any more"
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_who_is_overdue_still_is_reported_once(
+    start_watcher: StartWatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reporter of the watcher that died says nothing beside the successor's."""
+    watcher = start(start_watcher, monkeypatch, "ladder.sent=kill@1", grace=2)
+    worker = watcher.python(
+        "-c",
+        "import signal, time, hangwatch\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "with hangwatch.expires(after=0.3, scope='deaf'):\n    while True: time.sleep(0.1)",
+    )
+    assert worker.wait(20) == -signal.SIGKILL
+    worker.communicate()
+    assert watcher.report(pid=worker.pid)["outcome"] == "reaped"
+    time.sleep(1)
+    assert len(watcher.reports()) == 1
+
+
+def test_a_kernel_whose_sockets_forget_who_was_waited_for(
+    start_watcher: StartWatcher, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """From Linux 6.5 to 6.15: the pidfd of a socket's peer, but not once it is no more."""
+    # Asked for at the hello, then whether the kernel has any, then by the successor.
+    faults = "ladder.sent=kill@1,handover.forked=sleep:1.5@2,kernel.peer-pidfd=fail:ENODATA@3"
+    watcher = start(start_watcher, monkeypatch, faults)
+    worker, child = asked(watcher, "sys.exit", "0")
+    assert worker.wait(20) == -signal.SIGKILL
+    worker.communicate()
+    assert not Path(f"/proc/{worker.pid}").exists()
+    wait_until(lambda: not is_alive(child), "its child is dead")
+    assert watcher.report(pid=worker.pid)["outcome"] == "reaped"
+    watcher.server.stop()
+    log = capfd.readouterr().err
+    assert "Traceback" not in log
+    assert "unwatched" not in log
