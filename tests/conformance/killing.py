@@ -122,7 +122,8 @@ class House:
     def kills_its_worker(self) -> bool:
         """Tell whether a request for the real worker is acted upon."""
         self._stage.request(self._worker.pid, "step", -1)
-        return Watched(self._worker.pid).death_within(WINDOW) is not None
+        # When is another row's question.
+        return Watched(self._worker.pid).death_within(3 * WINDOW) is not None
 
 
 def forged(stage: Stage) -> Outcome:

@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 
 from rich.console import Console
@@ -246,8 +247,9 @@ class Soak:
         for life in sorted(self.history.lives, key=lambda life: life.started):
             by_pid[life.pid].append(life)
         deaths = [*self._deaths, *(death for life in self.history.lives for death in life.waited)]
+        # One that was logged may be seen again, if its parent was killed before it reaped it.
         for at, pid, status in sorted(deaths):
-            before = [life for life in by_pid[pid] if life.started <= at and life.status is None]
+            before = [life for life in by_pid[pid] if life.started <= at and life.ended == inf]
             for life, following in pairwise(before):
                 life.ended = following.started
             if before:

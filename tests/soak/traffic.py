@@ -170,8 +170,13 @@ class Traffic:
                 finally:
                     sys.stderr.flush()
                     os._exit(status)
-            _, status = os.waitpid(child, 0)
-        self.log.write("waited", pid=child, status=os.waitstatus_to_exitcode(status))
+            # Logged first: who is killed after it has reaped could tell nobody any more.
+            end = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+            assert end is not None
+            by_signal = end.si_code != os.CLD_EXITED
+            status = -end.si_status if by_signal else end.si_status
+            self.log.write("waited", pid=child, status=status)
+            os.waitpid(child, 0)
 
     def execute(self) -> None:
         """Another program in this process; what the old one armed must not end it."""

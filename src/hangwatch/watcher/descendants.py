@@ -20,11 +20,13 @@ class Sentence:
     """What a step of the ladder was about to do, for whoever finds the worker after it.
 
     Attributes:
+        signal: which the step was to send.
         doomed: who dies with the worker.
         until: if it still lives then, it has survived (CLOCK_MONOTONIC).
         reporter: who waits for its death, to report it, should the watcher have died.
     """
 
+    signal: int
     doomed: tuple[Doomed, ...]
     until: float
     reporter: Doomed | None
@@ -91,6 +93,13 @@ class Tree:
 
     def __init__(self) -> None:
         self._held: dict[int, Identity] = {}
+
+    def hold(self, doomed: Iterable[Doomed]) -> None:
+        """Hold those whom a watcher that died had found."""
+        for pid, start_ticks in doomed:
+            held = _hold(pid, start_ticks)
+            if held is not None:
+                self._held[pid] = held
 
     def look(self, pid: int, spare: Set[int]) -> list[Doomed]:
         """Find those that there are now; return all that were found so far, up to a number."""

@@ -71,7 +71,8 @@ class Incident:
         self._reporter: Reporter | None = None
         self._problems: list[str] = []
         self._actions: list[Action] = []
-        self._signalled = False
+        # Whoever has died before us may have sent it a signal.
+        self._signalled = verdict.worker.sentence is not None
         self._debugger: str | None = None
         self._paused = False
         self._tree = Tree()
@@ -202,6 +203,7 @@ class Incident:
             return self._nothing_to_do() or Outcome.REPORTED
         # Before anything is done, so that a report survives us.
         self._start_reporter()
+        yield from self._inherit()
         failpoint("incident.reporter")
         if ladder.on_expiry is OnExpiry.RAISE:
             outcome = yield from self._raise()
@@ -221,6 +223,17 @@ class Incident:
             if result:
                 self._note("error file", result)
         return outcome or Outcome.UNKILLABLE
+
+    def _inherit(self) -> Course:
+        """Go on where a watcher that died has left off."""
+        worker, sentence = self.verdict.worker, self.verdict.worker.sentence
+        if sentence is not None:
+            sent = "sent, or about to be, by a watcher that has died"
+            self._note(name_of(sentence.signal), sent)
+            self._tree.hold(sentence.doomed)
+            # Who has hung up is on its way out.
+            while worker.left and not worker.identity.is_dead() and monotonic() < sentence.until:
+                yield min(sentence.until, monotonic() + 0.05)
 
     def _raise(self) -> Generator[float, None, Outcome | None]:
         """Have the worker raise `TimerExpired`; None if that has not ended the block."""
@@ -296,7 +309,7 @@ class Incident:
             return outcome
         failpoint("ladder.looked")
         reporter = None if self._reporter is None else self._reporter.identity
-        worker.sentence = Sentence(tuple(doomed), monotonic() + within, reporter)
+        worker.sentence = Sentence(number, tuple(doomed), monotonic() + within, reporter)
         self._around.keep_in_mind(worker)
         if self._reporter is not None:
             self._reporter.about_to_send(number, within)

@@ -163,9 +163,9 @@ def _identify_again(
 def _sentence(kept: list[Any] | None) -> Sentence | None:
     if kept is None:
         return None
-    doomed, until, reporter = kept
+    number, doomed, until, reporter = kept
     pairs = tuple((pid, start) for pid, start in doomed)
-    return Sentence(pairs, until, None if reporter is None else (reporter[0], reporter[1]))
+    return Sentence(number, pairs, until, None if reporter is None else (reporter[0], reporter[1]))
 
 
 def _hung_up(connection: socket.socket) -> bool:
