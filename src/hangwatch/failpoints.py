@@ -61,6 +61,7 @@ NAMES = (
     "evidence.publishing",
     # What the kernel may not have.
     "kernel.peer-pidfd",
+    "kernel.acl",
 )
 
 _RULE = re.compile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import select
@@ -192,7 +193,9 @@ def _send_past_the_lock(mp_queue: Any, request: TimerRequest) -> bool | None:
     most PIPE_BUF bytes needs none: it is never mixed with another one. Source: pipe(7).
 
     Returns:
-        Whether there was room for it; None: it has to be `put`.
+        Whether there was room for it; None: it has to be `put`. That must not differ from one
+        request of a scope to the next: what is `put` may be overtaken by what isn't, and a
+        release by the request that it takes back.
     """
     from multiprocessing.queues import Queue
     from multiprocessing.reduction import ForkingPickler
@@ -208,8 +211,10 @@ def _send_past_the_lock(mp_queue: Any, request: TimerRequest) -> bool | None:
         # One of our own, since the queue's is not ours to make non-blocking.
         number = mp_queue._writer.fileno()  # type: ignore[attr-defined]
         writer = os.open(f"/proc/self/fd/{number}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError):  # no /proc, or a closed end
-        return None
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            return False
+        return None  # no /proc, or a closed end
     sent = False
     try:
         # What the queue counts, and what bounds it.

@@ -118,6 +118,8 @@ def encode_hello(hello: Hello) -> bytes:
             command.pop()
         elif error_file is not None:
             error_file = None
+        elif labels:
+            labels.popitem()
         else:
             return message
 

@@ -23,6 +23,7 @@ import pytest
 import hangwatch
 from hangwatch import page, wire
 from hangwatch.watcher import reception
+from hangwatch.worker.client import WorkerClient
 from hangwatch.worker.connection import RING
 from support.raw_worker import answer, connect, hello, memfd
 from support.watchers import RunningWatcher, StartWatcher, wait_until
@@ -338,6 +339,24 @@ class TestAddresses:
         assert 0.9 < first < 10
         assert rest < first
         assert "did not answer" in caplog.text
+
+    def test_who_listens_and_never_answers_is_asked_ever_more_seldom(self, tmp_path: Path) -> None:
+        path = str(tmp_path / "s")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stopped:
+            stopped.bind(path)
+            stopped.listen()
+            client = WorkerClient(path)
+            attempts: list[float] = []
+            until = time.monotonic() + 12
+            while time.monotonic() < until and len(attempts) < 3:
+                before = time.monotonic()
+                if client.try_to_connect() is not None:
+                    attempts += [before]
+                time.sleep(0.01)
+            client.close()
+        # A second each, then a pause that doubles: 1 + 2, 1 + 4.
+        first, second, third = attempts
+        assert third - second > 1.3 * (second - first)
 
     def test_a_watcher_that_comes_later_is_found(
         self, start_watcher: StartWatcher, monkeypatch: pytest.MonkeyPatch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import select
 import signal
 import time
@@ -51,6 +52,25 @@ class TestQueues:
         assert queue.get(timeout=20).expiration_time > 0
         assert queue.get(timeout=20).expiration_time == -1
 
+    def test_no_release_overtakes_the_request_that_it_takes_back(self) -> None:
+        """Which had no descriptor to be written to: the server would end a healthy worker."""
+        queue = SPAWN.Queue()
+        client = hangwatch.LocalTimerClient(queue)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for n in range(100):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+            try:
+                client.acquire(f"scope {n}", time.time() + 60)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            client.release(f"scope {n}")
+        last: dict[str, float] = {}
+        while len(last) < 100 or set(last.values()) != {-1}:
+            request = queue.get(timeout=20)
+            last[request.scope_id] = request.expiration_time
+        time.sleep(0.2)
+        assert queue.empty()
+
     def test_strange_things_in_the_queue_are_dropped_alone(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -58,6 +78,7 @@ class TestQueues:
         good = TimerRequest(os.getpid(), "good", time.time() + 60)
         strange: list[Any] = [
             "text",
+            TimerRequest(os.getpid(), "further than a float reaches", 10**400),
             None,
             TimerRequest("pid", "scope", 1.0),
             TimerRequest(1, 2, 1.0),  # type: ignore[arg-type]

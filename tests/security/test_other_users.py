@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import hangwatch
+from hangwatch import failpoints
 from hangwatch.errors import AddressError, ProtocolError
 from hangwatch.keep.address import listen
 from hangwatch.options import checked_settings, checked_uid
@@ -61,6 +62,12 @@ def folder() -> Iterator[Path]:
 @pytest.fixture
 def allowing() -> Iterator[RunningWatcher]:
     """A watcher of root's that allows the second user."""
+    with allowing_watcher() as watcher:
+        yield watcher
+
+
+@contextmanager
+def allowing_watcher() -> Iterator[RunningWatcher]:
     with open_folder() as path:
         server = hangwatch.SharedMemoryTimerServer(
             path / "made" / "sock", report_dir=path / "reports", allow_uids=[UID]
@@ -170,6 +177,19 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             pretends.communicate()
 
     @needs_root
+    def test_who_is_another_user_for_a_while_hears_its_own_watcher(self) -> None:
+        """The kernel tells a sender's real user, unless it is told to tell the effective one."""
+        run(
+            f"""
+os.seteuid({UID})
+ready, watcher = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+ready.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+watcher.send(b"READY=1")
+assert launch._is_of_our_user(ready.recvmsg(100, 100)[1])
+"""
+        )
+
+    @needs_root
     def test_it_can_read_nothing(self, start_watcher: StartWatcher) -> None:
         watcher = start_watcher()
         let_through(watcher)
@@ -246,7 +266,7 @@ os.wait()
 class TestAllowed:
     def test_it_is_watched_reaped_and_explained(self, allowing: RunningWatcher) -> None:
         place = Path(allowing.address)
-        assert stat.S_IMODE(place.stat().st_mode) == 0o666
+        assert not place.stat().st_mode & 0o007
         assert stat.S_IMODE(place.parent.stat().st_mode) == 0o711
         worker = start(HANGS, watcher=allowing)
         worker.communicate(timeout=40)
@@ -266,13 +286,34 @@ class TestAllowed:
             assert (name.stat().st_uid, stat.S_IMODE(name.stat().st_mode)) == (0, mode)
         run("become()\nrefused(open, sys.argv[1])", path)
 
-    def test_a_third_user_is_refused(self, allowing: RunningWatcher) -> None:
+    def test_a_third_user_does_not_get_to_it(self, allowing: RunningWatcher) -> None:
         said = run(
-            f"become({THIRD_UID})\nprint(answer(sys.argv[1], hello(), [memfd()]))",
+            f"""
+become({THIRD_UID})
+refused(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET).connect, sys.argv[1])
+with hangwatch.expires(0.2, "theirs"): time.sleep(0.5)
+""",
             allowing.address,
+            watcher=allowing,
         )
-        assert f"serves user 0, {UID}, this is user {THIRD_UID}" in said
-        assert f"start it with --allow-uid {THIRD_UID}" in said
+        assert f"closed to user {THIRD_UID}" in said
+        assert f"--allow-uid {THIRD_UID}" in said
+
+    def test_without_access_control_lists_it_is_turned_away(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(failpoints.VARIABLE, "kernel.acl=fail:EOPNOTSUPP")
+        with allowing_watcher() as watcher:
+            assert stat.S_IMODE(Path(watcher.address).stat().st_mode) == 0o666
+            said = run(
+                f"become({THIRD_UID})\nprint(answer(sys.argv[1], hello(), [memfd()]))",
+                watcher.address,
+            )
+            assert f"serves user 0, {UID}, this is user {THIRD_UID}" in said
+            assert f"start it with --allow-uid {THIRD_UID}" in said
+            worker = start(HANGS, watcher=watcher)
+            worker.communicate(timeout=40)
+            assert watcher.report(pid=worker.pid)["worker"]["uid"] == UID
 
     def test_root_writes_no_error_file_where_the_worker_could_not(
         self, allowing: RunningWatcher, folder: Path
@@ -361,8 +402,9 @@ assert status == 0
         """As after a program with the set-user-ID bit: kill(2) would refuse the worker's user."""
         worker = start(
             f"""
-os.seteuid({UID})
+os.setresuid({UID}, {UID}, 0)
 with hangwatch.expires(0.3, "was theirs"):
+    os.setresuid(0, 0, 0)
     sys.stdin.read()
 print("alive")
 """,
@@ -377,6 +419,12 @@ print("alive")
         assert report["outcome"] == "gone"
         assert report["threads"] == []
         assert [a["action"] for a in report["actions"]] == ["look"]
+
+    def test_who_could_not_be_ended_is_not_taken_in(self, allowing: RunningWatcher) -> None:
+        said = run(
+            f"os.seteuid({UID})\nprint(answer(sys.argv[1], hello(), [memfd()]))", allowing.address
+        )
+        assert f"user {UID}, as whom it comes, may not end it" in said
 
     def test_a_descendant_of_another_user_is_spared(self, allowing: RunningWatcher) -> None:
         worker = start(
@@ -554,16 +602,18 @@ assert status == 0
         (folder / "listed").mkdir()
         (folder / "listed").chmod(0o755)
         with pytest.raises(AddressError, match=r"closed is closed to the users .* chmod 711 it"):
-            listen(str(folder / "closed" / "inner" / "sock"), shared=True)
+            listen(str(folder / "closed" / "inner" / "sock"), [UID])
         with pytest.raises(AddressError, match=r"listed is open to other users .* chmod 711 it"):
-            listen(str(folder / "listed" / "sock"), shared=True)
+            listen(str(folder / "listed" / "sock"), [UID])
         umask = os.umask(0o077)
         try:
-            listen(str(folder / "made" / "sock"), shared=True).close()
+            listen(str(folder / "made" / "sock"), [UID]).close()
         finally:
             os.umask(umask)
         assert stat.S_IMODE((folder / "made").stat().st_mode) == 0o711
-        assert stat.S_IMODE((folder / "made" / "sock").stat().st_mode) == 0o666
+        assert stat.S_IMODE((folder / "made" / "sock").stat().st_mode) == 0o660, (
+            "of an ACL: its mask"
+        )
 
 
 class TestOwnRights:

@@ -47,6 +47,24 @@ def test_cut_never_exceeds_its_room_nor_breaks_a_character(
     encoded.decode()
 
 
+@given(st.data())
+def test_what_is_known_of_a_worker_always_fits_into_a_message(data: st.DataObject) -> None:
+    texts = st.text(st.sampled_from('\\"\x01é😀a'), max_size=300)
+    hello = wire.Hello(
+        page_fd=1,
+        monotonic=1.5,
+        fenced=True,
+        pid=1,
+        main_ident=1,
+        labels=data.draw(st.dictionaries(texts, texts, max_size=20)),
+        command=data.draw(st.lists(texts, max_size=40)),
+        python=data.draw(texts),
+        stacks=None,
+        error_file=None,
+    )
+    assert len(wire.encode_hello(hello)) <= wire.MAX_BYTES
+
+
 def test_details_survive_the_page() -> None:
     memory = memoryview(bytearray(page.PAGE_BYTES))
     written = page.SlotDetails(1.5, 7, 8, "loader", "all_reduce", flags=3, signal=15)

@@ -7,8 +7,11 @@ import os
 import secrets
 import socket
 import stat
+import struct
+from collections.abc import Collection
 
 from hangwatch.errors import AddressError
+from hangwatch.failpoints import failpoint
 from hangwatch.folder import known_folder
 
 SHARED = "/run/hangwatch-shared"
@@ -42,7 +45,7 @@ def private_address(shared: bool = False) -> str:
     return path if len(os.fsencode(path)) <= LONGEST else f"{known_folder()}/{name}"
 
 
-def listen(path: str, shared: bool = False) -> socket.socket:
+def listen(path: str, others: Collection[int] = ()) -> socket.socket:
     """Listen at `path`, which this user alone may connect to.
 
     The folder is made with mode 0700 if it is missing; the socket has mode 0600. What a
@@ -50,15 +53,16 @@ def listen(path: str, shared: bool = False) -> socket.socket:
 
     Args:
         path: where.
-        shared: whether everybody may connect, so that the watcher can let in those whom it
-            was told to: modes 0711 and 0666.
+        others: the users that may connect as well. The folder has mode 0711 then, and the
+            socket an access control list; on a file system that has none, mode 0666, and it
+            is the watcher who turns strangers away.
 
     Raises:
         AddressError: the path is too long, its folder is somebody else's or open to
             others, or closed to them although it is shared, something that is no socket
             is there, or another watcher listens.
     """
-    path = os.path.abspath(path)
+    path, shared = os.path.abspath(path), bool(others)
     if len(os.fsencode(path)) > LONGEST:
         raise AddressError(
             f"{path} has more than {LONGEST} bytes, too long for a socket: "
@@ -69,11 +73,13 @@ def listen(path: str, shared: bool = False) -> socket.socket:
         _remove_dead(path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            umask = os.umask(0o111 if shared else 0o177)
+            umask = os.umask(0o177)
             try:
                 listener.bind(path)
             finally:
                 os.umask(umask)
+            if others:
+                _let_in(path, others)
             listener.listen(4096)
         except BaseException:
             listener.close()
@@ -85,6 +91,31 @@ def listen(path: str, shared: bool = False) -> socket.socket:
             f"can't listen at {path} ({error.strerror}): give another --address"
         ) from None
     return listener
+
+
+def _let_in(path: str, others: Collection[int]) -> None:
+    try:
+        failpoint("kernel.acl")
+        os.setxattr(path, "system.posix_acl_access", _access_of(others))
+    except OSError:  # no access control lists there
+        os.chmod(path, 0o666)
+
+
+def _access_of(others: Collection[int]) -> bytes:
+    """Return an access control list by which the owner and these users may read and write.
+
+    Source: acl(5); linux/posix_acl_xattr.h: a version, then tag, permissions and id of each.
+    """
+    user_obj, user, group_obj, mask, other = 0x01, 0x02, 0x04, 0x10, 0x20
+    nobody, read_write, nothing = 0xFFFFFFFF, 6, 0
+    entries = [
+        (user_obj, read_write, nobody),
+        *((user, read_write, uid) for uid in sorted(others)),
+        (group_obj, nothing, nobody),
+        (mask, read_write, nobody),
+        (other, nothing, nobody),
+    ]
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
 
 
 def check_folder(folder: str, shared: bool = False) -> None:

@@ -136,9 +136,13 @@ class WatcherProcess:
 
 
 def _is_of_our_user(ancillary: list[tuple[int, int, bytes]]) -> bool:
-    """Tell whether a message's sender has our own user id, by the kernel's word; unix(7)."""
+    """Tell whether a message's sender is our own user, by the kernel's word; unix(7).
+
+    Of a sender that gives no credentials of its own it is the real user.
+    """
     return any(
-        kind == socket.SCM_CREDENTIALS and _CREDENTIALS.unpack(data)[1] == os.geteuid()
+        kind == socket.SCM_CREDENTIALS
+        and _CREDENTIALS.unpack(data)[1] in (os.getuid(), os.geteuid())
         for _, kind, data in ancillary
     )
 

@@ -162,7 +162,9 @@ class WatcherLife:
                 handover.close_all(message.descriptors)
                 self.answers.append(handover.encode(Kind.REFUSED, number, problem.encode()))
         elif kind is Kind.NOTE and number in self._kept:
-            self._kept[number].state = message.content
+            # A part of a state is none: the one before is better than that.
+            if not message.truncated:
+                self._kept[number].state = message.content
         elif kind is Kind.DROP and number in self._kept:
             handover.close_all(self._kept.pop(number).descriptors)
 

@@ -45,9 +45,9 @@ def serve(
     listener = None if path is not None else take_listener(os.environ)
     ours = None
     if listener is None:
-        shared = bool(settings.other_users())
-        ours = os.path.abspath(path or address.default_address(shared))
-        listener = address.listen(ours, shared)
+        others = settings.other_users()
+        ours = os.path.abspath(path or address.default_address(bool(others)))
+        listener = address.listen(ours, others)
     launcher = None
     if lifeline is not None:
         os.set_inheritable(lifeline, False)

@@ -261,10 +261,13 @@ def _problem_with(request: Any) -> str | None:
         return f"its worker is not a process id: {pid!r:.40}"
     if not isinstance(scope_id, str):
         return f"its scope is no string: {scope_id!r:.40}"
-    if (
-        not isinstance(expiration_time, int | float)
-        or isinstance(expiration_time, bool)
-        or not isfinite(expiration_time)
-    ):
+    if not _is_finite(expiration_time):
         return f"its expiration time is no finite number: {expiration_time!r:.40}"
     return None
+
+
+def _is_finite(number: Any) -> bool:
+    try:
+        return isinstance(number, int | float) and not isinstance(number, bool) and isfinite(number)
+    except OverflowError:  # an int that no float can hold
+        return False

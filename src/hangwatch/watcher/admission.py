@@ -11,7 +11,7 @@ from time import monotonic
 
 from hangwatch import wire
 from hangwatch.errors import PageError, ProtocolError
-from hangwatch.process import Identity
+from hangwatch.process import Identity, may_signal
 from hangwatch.watcher.identity import credentials_of, identify
 from hangwatch.watcher.page_reader import PageReader
 from hangwatch.watcher.watched import Watched
@@ -82,6 +82,11 @@ def _take_in(
     if not -1.0 < apart < _CLOCKS_APART:
         raise ProtocolError(
             f"its clock differs by {abs(apart):.0f} s: is it in another time namespace?"
+        )
+    if not may_signal(identity.uid, identity.pid):
+        raise ProtocolError(
+            f"user {identity.uid}, as whom it comes, may not end it: its real user is another, "
+            "and it must become that user for good before it connects"
         )
     if len(descriptors) != (1 if hello.stacks is None else 2):
         raise ProtocolError(f"it sent {len(descriptors)} descriptors, not what its hello says")

@@ -78,9 +78,12 @@ def descendants_of(pid: int, spare: Set[int]) -> list[Identity]:
     children, starts = _snapshot()
     found = []
     below = [pid]
+    # The look takes a while: of two numbers that were given anew each can seem the other's child.
+    seen = {pid, *spare}
     for parent in below:
         for child in children[parent]:
-            if child not in spare:
+            if child not in seen:
+                seen.add(child)
                 below.append(child)
                 held = _hold(child, starts[child])
                 if held is not None:

@@ -25,6 +25,8 @@ class FairClock:
 
     def notice(self) -> float:
         """Notice a pause: return how long we did not run, 0 if that is nothing unusual."""
+        if self._awake_by == inf:
+            return 0.0
         now = monotonic()
         late = now - self._awake_by
         self._awake_by = now

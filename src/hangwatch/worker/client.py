@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 ADDRESS_VARIABLE = "HANGWATCH_ADDRESS"
 OFF = "off"
 _TRY_AGAIN_AFTER = 1.0
+_SELDOM = 60.0
 
 
 class WorkerClient:
     """What `expires` talks to: gives out slots, keeps the watcher informed.
 
     It connects when it is first needed, and says in one warning if it can't. After
-    that the process runs unwatched and tries again at most once a second.
+    that the process runs unwatched and tries again at most once a second; while somebody
+    listens but doesn't answer, which holds up the caller, ever more seldom.
 
     Args:
         address: path of the watcher's socket, or ``off``.
@@ -47,6 +49,7 @@ class WorkerClient:
         self._socket: WatcherSocket | None = None
         self._on_expiry, self._forced = "", False
         self._try_at = 0.0
+        self._pause = _TRY_AGAIN_AFTER
         self._warned: set[str] = set()
         _clients.add(self)
 
@@ -147,9 +150,12 @@ class WorkerClient:
         try:
             self.connect()
         except (HangwatchError, OSError, ImportError) as error:
-            self._try_at = monotonic() + _TRY_AGAIN_AFTER
+            held_up = monotonic() - now > connection.ANSWER_WITHIN / 2
+            self._pause = min(2 * self._pause, _SELDOM) if held_up else _TRY_AGAIN_AFTER
+            self._try_at = monotonic() + self._pause
             self._expect_nobody()
             return error
+        self._pause = _TRY_AGAIN_AFTER
         return None
 
     def move(self, address: str) -> None:
