@@ -38,8 +38,11 @@ from support.raw_worker import connect, hello, memfd
 descriptor = memfd()
 mapping = mmap.mmap(descriptor, page.PAGE_BYTES)
 with connect(sys.argv[1]) as connection:
-    socket.send_fds(connection, [hello(page_fd=descriptor)], [descriptor])
-    connection.recv(4096)
+    try:
+        socket.send_fds(connection, [hello(page_fd=descriptor)], [descriptor])
+        connection.recv(4096)
+    except OSError:  # the watcher has died meanwhile
+        sys.exit()
     connection.setblocking(False)
     until = time.monotonic() + 1.5
     while time.monotonic() < until:
@@ -53,8 +56,11 @@ import socket, sys, time
 from support.raw_worker import connect, hello, memfd
 descriptor = memfd()
 with connect(sys.argv[1]) as connection:
-    socket.send_fds(connection, [hello(page_fd=descriptor)], [descriptor])
-    connection.recv(4096)
+    try:
+        socket.send_fds(connection, [hello(page_fd=descriptor)], [descriptor])
+        connection.recv(4096)
+    except OSError:  # the watcher has died meanwhile
+        sys.exit()
     connection.setblocking(False)
     until = time.monotonic() + 1.5
     while time.monotonic() < until:
