@@ -119,11 +119,13 @@ class House:
         """Tell whether anybody here is dead."""
         return deaths([self.parent, self.server, self._worker, self.stranger], 0) > 0
 
-    def kills_its_worker(self) -> bool:
-        """Tell whether a request for the real worker is acted upon."""
+    def spares_its_worker(self) -> str:
+        """Ask for the real worker's end: return what its server said, if it is not acted upon."""
         self._stage.request(self._worker.pid, "step", -1)
         # When is another row's question.
-        return Watched(self._worker.pid).death_within(3 * WINDOW) is not None
+        if Watched(self._worker.pid).death_within(3 * WINDOW) is not None:
+            return ""
+        return f"nor did a real one: {self._stage.stderr!r}"
 
 
 def forged(stage: Stage) -> Outcome:
@@ -150,9 +152,8 @@ def forged(stage: Stage) -> Outcome:
     if hurt:
         return Outcome(False, f"{len(hurt)} of {requests} killed somebody: {', '.join(hurt)}")
     # None of that means anything if the servers do not listen any more.
-    serving = all(house.kills_its_worker() for house in (*houses, everybody))
-    alive = "" if serving else ", nor did a real one"
-    return Outcome(serving, f"none of {requests} killed anybody{alive}")
+    deaf = [said for house in (*houses, everybody) if (said := house.spares_its_worker())]
+    return Outcome(not deaf, ", ".join([f"none of {requests} killed anybody", *deaf]))
 
 
 def agent_suicide(stage: Stage) -> Outcome:
