@@ -43,6 +43,8 @@ NAMES = (
     "incident.gathering",
     "incident.gathered",
     "incident.reporter",
+    "raise.asked",
+    "error-file.written",
     "ladder.tree",
     "ladder.looked",
     "ladder.announced",

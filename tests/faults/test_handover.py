@@ -170,6 +170,31 @@ def test_who_left_while_nobody_watched_is_dropped_without_a_word(served: Running
     assert (served.reports(), served.pid) == ([], first)
 
 
+def test_a_program_that_an_exec_replaced_while_nobody_watched_overruns_nothing(
+    served: RunningWatcher,
+) -> None:
+    """It rang, and nobody has read that yet."""
+    worker = served.python(
+        "-c",
+        "import os, sys, time, hangwatch\nwith hangwatch.expires(9, 'first'): pass\n"
+        "print('ready', flush=True)\nsys.stdin.readline()\n"
+        "hangwatch.expires(0.3, 'armed').__enter__()\n"
+        "os.execv(sys.executable, [sys.executable, '-c', 'input()'])",
+        stdin=subprocess.PIPE,
+    )
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    worker.stdout.readline()
+    with no_watcher(served):
+        worker.stdin.write("\n")
+        worker.stdin.flush()
+        time.sleep(1)
+    assert served.pid, "its successor is there"
+    time.sleep(0.5)
+    worker.communicate("\n")
+    assert (worker.returncode, served.reports()) == (0, [])
+
+
 def test_who_leaves_is_let_go_of_by_the_keeper_too(served: RunningWatcher) -> None:
     before = open_files(served.keeper_pid), open_files(served.pid)
     worker = start(served, STEADY, "0.5")

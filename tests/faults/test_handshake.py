@@ -9,6 +9,7 @@ import mmap
 import os
 import random
 import select
+import signal
 import socket
 import struct
 import subprocess
@@ -212,6 +213,9 @@ def test_many_newcomers_at_once_are_all_served(served: RunningWatcher) -> None:
 
 def test_who_rings_for_ever_gets_slow_service_not_the_cpu(start_watcher: StartWatcher) -> None:
     watcher = start_watcher()
+    healthy = watcher.python("-c", HEALTHY, stdin=subprocess.PIPE)
+    assert healthy.stdout is not None
+    healthy.stdout.readline()
     ticks = os.sysconf("SC_CLK_TCK")
 
     def cpu() -> float:
@@ -229,7 +233,10 @@ def test_who_rings_for_ever_gets_slow_service_not_the_cpu(start_watcher: StartWa
             except BlockingIOError:
                 time.sleep(0.0005)
         used = cpu() - before
-    assert used < 1.5, f"{used} s of CPU in 3 s"
+        assert used < 1.5, f"{used} s of CPU in 3 s"
+        assert healthy.poll() is None
+        healthy.communicate("\n", timeout=20)
+        assert healthy.returncode == -signal.SIGKILL, "others are watched meanwhile"
 
 
 class TestAddresses:

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,8 @@ def test_steps_of_the_wall_clock(start_watcher: StartWatcher, tmp_path: Path) ->
         assert time.monotonic() - began > 0.5, "not before its time"
         report = watcher.report(pid=hangs.pid)
         assert 0.9 < report["scope"]["inside_s"] < 15
-        assert abs(time.time() + step - os.stat(watcher.report_dir).st_mtime - step) < 60
+        at = datetime.fromisoformat(report["at"]).timestamp()
+        assert abs(at - step - time.time()) < 60, "the step was made"
     clock.step(3600)
     time.sleep(0.3)
     check()
@@ -111,6 +113,33 @@ print(done)
     assert (worker.returncode, out) == (0, "True\n"), err
     assert err.count("hangwatch: no page of timers can be made") == 1
     assert "runs on unwatched" in err
+
+
+def test_no_descriptor_for_a_page_in_the_worker(start_watcher: StartWatcher) -> None:
+    watcher = start_watcher()
+    check = start_healthy(watcher)
+    script = """
+import os, resource, time, hangwatch
+hangwatch.paused  # the api is there
+import hangwatch.worker.client, ctypes, logging, hangwatch.wire, warnings, linecache, traceback
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+used = len(os.listdir("/proc/self/fd")) - 1
+for limit in range(used, used + 4):  # the page, the connection, the stack channel
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    with hangwatch.expires(60, "x"):
+        pass
+    time.sleep(1.1)
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+print("well", flush=True)
+with hangwatch.expires(0.3, "at last"):
+    time.sleep(1000)
+"""
+    worker = watcher.python("-c", script, stderr=subprocess.PIPE)
+    out, err = worker.communicate(timeout=20)
+    assert (worker.returncode, out) == (-signal.SIGKILL, "well\n"), err
+    assert err.count("runs on unwatched") >= 1
+    assert "Traceback" not in err
+    check()
 
 
 def test_no_memory_for_a_newcomer_s_page_in_the_watcher(start_watcher: StartWatcher) -> None:
@@ -231,6 +260,15 @@ def test_no_children_file_is_needed(start_watcher: StartWatcher, tmp_path: Path)
     assert "/children" not in opened
 
 
+@pytest.fixture
+def two_cores() -> Iterator[None]:
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(mine)[:2])
+    yield
+    os.sched_setaffinity(0, mine)
+
+
+@pytest.mark.usefixtures("two_cores")
 def test_two_cores_under_eight_busy_processes(start_watcher: StartWatcher) -> None:
     watcher = start_watcher()
     busy = "import time\nend = time.monotonic() + 6\nwhile time.monotonic() < end: sum(range(999))"
@@ -348,12 +386,17 @@ def test_a_page_that_is_filled_with_garbage_while_it_is_read(
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_a_recycled_pid_is_never_signalled() -> None:
+@pytest.mark.parametrize("kernel", ["now", "before 6.5"])
+def test_a_recycled_pid_is_never_signalled(kernel: str) -> None:
     """A worker's number is given to another process the moment it is free."""
     if os.geteuid() != 0:
         pytest.skip("only root may choose the next process id")
-    out = in_a_small_world("""
-from hangwatch.process import Identity
+    faults = "handshake.accepted=sleep:0.3"
+    if kernel != "now":
+        faults += ",kernel.peer-pidfd=fail:ENODATA"
+    out = in_a_small_world(
+        f"os.environ['HANGWATCH_FAILPOINTS'] = {faults!r}\n"
+        + """
 def next_pid(number):
     with open("/proc/sys/kernel/ns_last_pid", "w") as last: last.write(str(number - 1))
 # It leaves its connection to a child, so that no end of file tells of its death.
@@ -365,11 +408,27 @@ if ctypes.CDLL(None).fork() == 0:  # which knows nothing of Python's fork hooks
     time.sleep(3)
 os._exit(0)
 '''
+# It has said hello, and is no more when that is heard, its block overdue.
+SAYS_HELLO = '''
+import os, socket, sys, hangwatch
+from hangwatch.worker.client import client_at
+from support.raw_worker import connect, hello
+os.environ["HANGWATCH_ADDRESS"] = "/nowhere"
+hangwatch.expires(0.01, 'is no more').__enter__()
+page = client_at("/nowhere").page.descriptor.number
+socket.send_fds(connect(sys.argv[1]), [hello(page_fd=page)], [page])
+os._exit(0)
+'''
 hit = 0
-with hangwatch.serve(report_dir=None, grace=0.2) as server:
-    for _ in range(5):
+os.environ["PYTHONPATH"] = ":".join(sys.path)
+expired = []
+def heard(event):
+    if event["event"] == "expired": expired.append(event["scope"])
+with hangwatch.serve(report_dir=None, grace=0.2, on_event=heard) as server:
+    for number in range(6):
         next_pid(500)
-        worker = subprocess.Popen([sys.executable, "-c", LEAVES])
+        script = LEAVES if number % 2 else SAYS_HELLO
+        worker = subprocess.Popen([sys.executable, "-c", script, server.address])
         assert worker.pid == 500
         worker.wait()
         next_pid(500)
@@ -379,6 +438,7 @@ with hangwatch.serve(report_dir=None, grace=0.2) as server:
         hit += other.poll() is not None
         other.kill(); other.wait()
     assert hang() in (-signal.SIGTERM, -signal.SIGKILL)
-print(hit)
-""")
-    assert out == "0\n"
+print(hit, expired)
+"""
+    )
+    assert out == "0 ['hangs']\n", "and none of the others is told of, neither"

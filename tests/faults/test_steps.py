@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,68 @@ def test_the_watcher_at_a_step(
     log = capfd.readouterr().err
     assert log.count("is replaced") == len(faults), "the step was reached"
     assert "Traceback" not in log
+
+
+LONGER = """
+import os, signal, sys, time, hangwatch
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+how, grace = sys.argv[1:]
+try:
+    with hangwatch.expires(0.3, "hangs", on_expiry=how, grace=float(grace)):
+        print("in", flush=True)
+        while True: time.sleep(0.01)
+except hangwatch.TimerExpired:
+    pass
+with hangwatch.expires(0.3, "at last", on_expiry="reap", grace=0.0):
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("fault", ["kill", "stop"])
+@pytest.mark.parametrize(
+    ("step", "how", "grace", "outcome"),
+    [
+        ("incident.reporter", "raise", 1.0, "raised"),
+        ("raise.asked", "raise", 1.0, "raised"),
+        ("report.finished", "raise", 1.0, "raised"),
+        ("error-file.written", "reap", 0.5, "reaped"),
+        ("ladder.announced", "reap", 0.5, "reaped"),
+        ("ladder.sent", "reap", 0.5, "reaped"),
+        ("ladder.confirmed", "reap", 0.5, "reaped"),
+    ],
+)
+def test_the_watcher_at_a_step_of_a_longer_ladder(
+    start_watcher: StartWatcher,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    step: str,
+    fault: str,
+    how: str,
+    grace: float,
+    outcome: str,
+) -> None:
+    watcher = start(start_watcher, monkeypatch, f"{step}={fault}@1")
+    before, first = open_files(watcher.keeper_pid), watcher.pid
+    healthy = watcher.python("-c", HEALTHY, stdin=subprocess.PIPE)
+    environment = watcher.environment(TORCHELASTIC_ERROR_FILE=str(tmp_path / "error.json"))
+    began = time.monotonic()
+    hangs = watcher.python("-c", LONGER, how, str(grace), env=environment)
+    assert hangs.wait(30) == -signal.SIGKILL
+    assert time.monotonic() - began > 0.3 + (grace if outcome == "reaped" else 0.3)
+    hangs.communicate()
+    reports = {}
+    wait_until(lambda: len(watcher.reports()) >= (2 if outcome == "raised" else 1), "the reports")
+    for report in watcher.reports():
+        assert report["scope"]["name"] not in reports, "each is told once"
+        reports[report["scope"]["name"]] = report["outcome"]
+    assert reports.pop("hangs") == outcome
+    assert reports in ({}, {"at last": "reaped"})
+    assert json.loads((tmp_path / "error.json").read_text()), "why it died"
+    assert healthy.poll() is None, "the healthy worker was hurt"
+    healthy.communicate("end\n", timeout=20)
+    assert healthy.returncode == -signal.SIGKILL, "and was still watched"
+    wait_until(lambda: open_files(watcher.keeper_pid) <= before, "nothing is left open")
+    assert watcher.pid != first, "the step was reached"
 
 
 def test_every_step_has_its_failpoint() -> None:

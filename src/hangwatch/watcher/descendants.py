@@ -20,7 +20,7 @@ class Sentence:
     """What a step of the ladder was about to do, for whoever finds the worker after it.
 
     Attributes:
-        signal: which the step was to send.
+        signal: which the step was to send; 0: it was to ask the worker to raise.
         doomed: who dies with the worker.
         until: if it still lives then, it has survived (CLOCK_MONOTONIC).
         reporter: who waits for its death, to report it, should the watcher have died.

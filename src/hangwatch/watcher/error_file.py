@@ -8,6 +8,7 @@ from time import monotonic
 
 from hangwatch.evidence import error_file
 from hangwatch.evidence.model import Case, Evidence
+from hangwatch.failpoints import failpoint
 from hangwatch.process import Identity
 from hangwatch.watcher.reporter import StartHelper
 
@@ -50,6 +51,7 @@ class ErrorFile:
     def write(self) -> Course:
         """Write it; return what came of it."""
         self._written = yield from self._do(error_file.write)
+        failpoint("error-file.written")
         return self._written
 
     def take_back(self) -> Course:

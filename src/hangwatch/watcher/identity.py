@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import select
 import socket
 import struct
 
@@ -12,6 +13,7 @@ from hangwatch.failpoints import failpoint
 from hangwatch.process import Identity, read_stat
 
 _SO_PEERPIDFD = 77  # linux/socket.h, Linux 6.5
+_ENDED = "it ended while it connected"
 
 
 def identify(connection: socket.socket) -> Identity:
@@ -40,6 +42,16 @@ def credentials_of(connection: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
+def has_hung_up(connection: socket.socket) -> bool:
+    """Tell whether nobody has the other end any more, whatever it has left to be read.
+
+    Source: unix_poll() in linux/net/unix/af_unix.c.
+    """
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP)
+    return bool(poll.poll(0))
+
+
 @functools.cache
 def kernel_gives_pidfds() -> bool:
     """Tell whether a connected socket can be asked for its peer's pidfd at any time."""
@@ -58,25 +70,23 @@ def _peer_pidfd(connection: socket.socket, pid: int) -> int:
         failpoint("kernel.peer-pidfd")
         return connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     except OSError:
-        return pidfd_by_number(pid)
+        pidfd = pidfd_by_number(pid)
+        if has_hung_up(connection):
+            os.close(pidfd)
+            raise ProtocolError(_ENDED) from None
+        return pidfd
 
 
 def pidfd_by_number(pid: int) -> int:
     """Hold a peer by its number, for kernels before 6.5.
 
-    The number can't be another's while the peer lives, and it lives if the process that
-    we hold existed before and still does: its start time.
+    The number can't be another's while the peer lives; whoever calls has to see that it still
+    does. (Not so if the peer left its connection to a child, and ended.)
 
     Raises:
         ProtocolError: it ended meanwhile, or can't be held.
     """
-    before = read_stat(pid)
     try:
-        pidfd = os.pidfd_open(pid)
+        return os.pidfd_open(pid)
     except OSError as error:
         raise ProtocolError(f"it can't be held by a pidfd ({error.strerror})") from None
-    after = read_stat(pid)
-    if before is None or after is None or before.start_ticks != after.start_ticks:
-        os.close(pidfd)
-        raise ProtocolError("it ended while it connected")
-    return pidfd

@@ -20,11 +20,11 @@ from hangwatch.evidence.model import Action, Evidence, Outcome, Report
 from hangwatch.evidence.report import facts, headline
 from hangwatch.evidence.stacks import Asked
 from hangwatch.failpoints import failpoint
-from hangwatch.watcher.descendants import Sentence, Tree
+from hangwatch.watcher.descendants import Doomed, Sentence, Tree
 from hangwatch.watcher.error_file import ErrorFile
-from hangwatch.watcher.page_reader import ENDED, PAUSED
+from hangwatch.watcher.page_reader import ENDED, PAUSED, Armed
 from hangwatch.watcher.raising import SoftEnding
-from hangwatch.watcher.reporter import Reporter, name_of
+from hangwatch.watcher.reporter import BY_ANOTHER, RAISE, Reporter, name_of
 from hangwatch.watcher.settings import OnExpiry
 from hangwatch.watcher.verdict import Surroundings, Verdict
 
@@ -72,7 +72,8 @@ class Incident:
         self._problems: list[str] = []
         self._actions: list[Action] = []
         # Whoever has died before us may have sent it a signal.
-        self._signalled = verdict.worker.sentence is not None
+        sentence = verdict.worker.sentence
+        self._signalled = sentence is not None and sentence.signal != RAISE
         self._debugger: str | None = None
         self._paused = False
         self._tree = Tree()
@@ -228,8 +229,7 @@ class Incident:
         """Go on where a watcher that died has left off."""
         worker, sentence = self.verdict.worker, self.verdict.worker.sentence
         if sentence is not None:
-            sent = "sent, or about to be, by a watcher that has died"
-            self._note(name_of(sentence.signal), sent)
+            self._note(name_of(sentence.signal), BY_ANOTHER)
             self._tree.hold(sentence.doomed)
             # Who has hung up is on its way out.
             while worker.left and not worker.identity.is_dead() and monotonic() < sentence.until:
@@ -247,12 +247,19 @@ class Incident:
             overdue=self._overdue,
             note=self._note,
         )
+        self._announce(RAISE, [], verdict.ladder.soft_grace)
         yield from ending.ask(verdict.ladder.soft_grace)
-        # Of a process that has died since its page is still there.
-        if ending.was_raised() and self._around.look(worker, verdict.found) == ENDED:
+        if self._was_raised():
             self._note("look", ENDED)
             return Outcome.RAISED
         return self._nothing_to_do()
+
+    def _was_raised(self) -> bool:
+        worker, found = self.verdict.worker, self.verdict.found
+        if not isinstance(found, Armed) or not worker.reader.was_raised(found):
+            return False
+        # Of a process that has died since its page is still there.
+        return self._around.look(worker, found) == ENDED
 
     def _leave_error_file(self) -> Generator[float, None, ErrorFile | None]:
         """Tell the worker's launcher why it dies, before it does."""
@@ -308,11 +315,7 @@ class Incident:
         if outcome is not None:
             return outcome
         failpoint("ladder.looked")
-        reporter = None if self._reporter is None else self._reporter.identity
-        worker.sentence = Sentence(number, tuple(doomed), monotonic() + within, reporter)
-        self._around.keep_in_mind(worker)
-        if self._reporter is not None:
-            self._reporter.about_to_send(number, within)
+        self._announce(number, doomed, within)
         failpoint("ladder.announced")
         self._note(name_of(number), worker.identity.send(number))
         failpoint("ladder.sent")
@@ -328,6 +331,15 @@ class Incident:
         self._note("confirm", "it is dead")
         failpoint("ladder.confirmed")
         return Outcome.REAPED
+
+    def _announce(self, number: int, doomed: list[Doomed], within: float) -> None:
+        """Say what is about to be done to whoever goes on should we die at it."""
+        worker, reporter = self.verdict.worker, self._reporter
+        identity = None if reporter is None else reporter.identity
+        worker.sentence = Sentence(number, tuple(doomed), monotonic() + within, identity)
+        self._around.keep_in_mind(worker)
+        if reporter is not None:
+            reporter.about_to_send(number, within)
 
     def _end_tree(self) -> Course:
         worker = self.verdict.worker
@@ -348,6 +360,7 @@ class Incident:
                 self._evidence,
                 self._problems,
                 self._around.settings.report_dir,
+                self._was_raised,
             )
 
     def _tell(self, outcome: Outcome) -> Course:

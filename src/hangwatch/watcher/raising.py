@@ -9,6 +9,7 @@ from time import monotonic
 from hangwatch import linux
 from hangwatch.evidence.model import ScopeThread
 from hangwatch.evidence.stacks import who_takes
+from hangwatch.failpoints import failpoint
 from hangwatch.process import Identity
 from hangwatch.watcher.page_reader import Armed, Overdue, PageReader
 from hangwatch.watcher.reporter import StartHelper
@@ -100,6 +101,7 @@ class SoftEnding:
         while not helper.done and monotonic() < until:
             yield until
         helper.kill()
+        failpoint("raise.asked")
         self._say("failed: no answer" if helper.result is None else helper.result.decode())
 
     def _say(self, result: str) -> None:

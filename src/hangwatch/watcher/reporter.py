@@ -6,7 +6,7 @@ import os
 import pickle
 import signal
 from collections.abc import Callable
-from time import monotonic
+from time import monotonic, sleep
 from typing import Protocol
 
 from hangwatch.evidence.model import Action, Case, Evidence, Outcome, Report
@@ -15,7 +15,12 @@ from hangwatch.process import Identity, read_stat
 from hangwatch.watcher.descendants import Doomed
 from hangwatch.watcher.helper import Helper
 
+RAISE = 0
+"""In the place of a signal's number: the worker is asked to raise."""
+BY_ANOTHER = "done, or about to be, by a watcher that has died"
+
 _PICKLED = b"\x80"  # how pickles begin
+_LOOK_EVERY = 0.02
 
 
 class StartHelper(Protocol):
@@ -38,6 +43,7 @@ class Reporter:
         evidence: pickled `Evidence`, if any was gathered.
         problems: why some of it is missing.
         directory: the report folder, see `publish`.
+        was_raised: a look whether `TimerExpired` has ended the block.
 
     Attributes:
         helper: the process.
@@ -56,9 +62,10 @@ class Reporter:
         evidence: bytes | None,
         problems: list[str],
         directory: str | None,
+        was_raised: Callable[[], bool],
     ) -> None:
         def work() -> bytes:
-            ending = _ending(_read_all(inbox), identity, at)
+            ending = _ending(_read_all(inbox), identity, at, was_raised)
             if ending is not None:
                 # The bytes are our own helper's, passed on through our own memory.
                 found = Evidence() if evidence is None else pickle.loads(evidence)
@@ -80,10 +87,10 @@ class Reporter:
         self.identity: Doomed | None = None if stat is None else (stat.pid, stat.start_ticks)
 
     def about_to_send(self, number: int, within: float) -> None:
-        """Tell it what would explain a death within so many seconds.
+        """Tell it what would explain a death, or with `RAISE` a block's end, within some seconds.
 
-        For so long it waits for that death, should the watcher die meanwhile; a successor
-        that finds the worker alive and overdue ends it, see `Sentence`.
+        For so long it waits for that, should the watcher die meanwhile; a successor that finds
+        the worker alive and overdue ends it, see `Sentence`.
         """
         os.write(self._outbox, b"%d %f\n" % (number, within))
 
@@ -115,7 +122,9 @@ def _read_all(descriptor: int) -> bytes:
     return b"".join(iter(lambda: os.read(descriptor, 1 << 16), b""))
 
 
-def _ending(told: bytes, identity: Identity, at: float) -> tuple[Outcome, list[Action]] | None:
+def _ending(
+    told: bytes, identity: Identity, at: float, was_raised: Callable[[], bool]
+) -> tuple[Outcome, list[Action]] | None:
     """Find how the incident ended from what the watcher told; None: nothing to report."""
     steps, _, rest = told.partition(_PICKLED)
     try:
@@ -124,19 +133,32 @@ def _ending(told: bytes, identity: Identity, at: float) -> tuple[Outcome, list[A
         # The watcher has died. What it was about to do it may have done.
         if not steps:
             return None
-        number, within = steps.splitlines()[-1].split()
-        if not identity.is_dead(float(within)):
-            return None
-        now = round(monotonic() - at, 6)
-        return Outcome.REAPED, [
-            Action(name_of(int(number)), now, "sent, or about to be"),
-            Action("confirm", now, "it is dead; the watcher has died meanwhile"),
-        ]
+        word, within = steps.splitlines()[-1].split()
+        number = int(word)
+        if number == RAISE:
+            outcome, came = Outcome.RAISED, _comes_true(was_raised, float(within))
+            proof = Action("look", round(monotonic() - at, 6), "the block has ended by it")
+        else:
+            outcome, came = Outcome.REAPED, identity.is_dead(float(within))
+            proof = Action("confirm", round(monotonic() - at, 6), "it is dead")
+        actions = [Action(name_of(number), proof.at_s, BY_ANOTHER), proof]
+        return (outcome, actions) if came else None
     return outcome, actions
 
 
+def _comes_true(fact: Callable[[], bool], within: float) -> bool:
+    until = monotonic() + within
+    while not fact():
+        if monotonic() >= until:
+            return False
+        sleep(_LOOK_EVERY)
+    return True
+
+
 def name_of(number: int) -> str:
-    """Return a signal's name."""
+    """Return a signal's name; of `RAISE`, what is done instead."""
+    if number == RAISE:
+        return "raise"
     try:
         return signal.Signals(number).name
     except ValueError:  # one of the real-time signals in between

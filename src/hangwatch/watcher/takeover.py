@@ -20,7 +20,7 @@ from hangwatch.handover import Kept, close_all
 from hangwatch.process import Identity
 from hangwatch.watcher.descendants import Sentence
 from hangwatch.watcher.events import Event
-from hangwatch.watcher.identity import credentials_of, identify, kernel_gives_pidfds
+from hangwatch.watcher.identity import credentials_of, has_hung_up, identify, kernel_gives_pidfds
 from hangwatch.watcher.page_reader import Armed, PageReader
 from hangwatch.watcher.watched import Watched
 
@@ -110,10 +110,10 @@ def take_over(number: int, kept: Kept) -> Watched:
         reader = PageReader(descriptors[0])
         # Before another one is opened: a successor needs no more of them than its predecessor.
         os.close(descriptors.pop(0))
-        hung_up = _hung_up(connection)
-        identity = _identify_again(connection, descriptors, state["start_ticks"], hung_up)
+        identity = _identify_again(connection, descriptors, state["start_ticks"])
         # A sentence waits for the death of who is on its way out.
-        if identity is None or identity.is_dead() or (hung_up and sentence is None):
+        on_its_way = sentence is None and has_hung_up(connection)
+        if identity is None or identity.is_dead() or on_its_way:
             pid, uid = credentials_of(connection)
             raise HasLeft(pid, uid, hello.labels, state["left"], sentence)
         return Watched(
@@ -141,7 +141,7 @@ def take_over(number: int, kept: Kept) -> Watched:
 
 
 def _identify_again(
-    connection: socket.socket, held: list[int], start_ticks: int, hung_up: bool
+    connection: socket.socket, held: list[int], start_ticks: int
 ) -> Identity | None:
     """Hold the process at the other end; None: it has been waited for, and is no more."""
     if held:
@@ -151,7 +151,7 @@ def _identify_again(
         identity = identify(connection)
     except ProtocolError:
         # From Linux 6.5 to 6.15 the socket of a process that is no more has no pidfd.
-        if hung_up:
+        if has_hung_up(connection):
             return None
         raise
     if identity.start_ticks == start_ticks or not (identity.start_ticks and start_ticks):
@@ -166,12 +166,3 @@ def _sentence(kept: list[Any] | None) -> Sentence | None:
     number, doomed, until, reporter = kept
     pairs = tuple((pid, start) for pid, start in doomed)
     return Sentence(number, pairs, until, None if reporter is None else (reporter[0], reporter[1]))
-
-
-def _hung_up(connection: socket.socket) -> bool:
-    try:
-        return not connection.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
-    except BlockingIOError:
-        return False
-    except ConnectionError:  # it hung up before it had read all that it was told
-        return True

@@ -25,6 +25,7 @@ from hangwatch.watcher.descendants import Sentence, end_doomed
 from hangwatch.watcher.events import Events
 from hangwatch.watcher.fair_clock import FairClock
 from hangwatch.watcher.helper import Helper
+from hangwatch.watcher.identity import has_hung_up
 from hangwatch.watcher.incident import Incident
 from hangwatch.watcher.keeper_link import PING_EVERY, KeeperLink
 from hangwatch.watcher.loop import READABLE, Loop, guarded
@@ -343,6 +344,10 @@ class Watcher:
     # -- incidents
 
     def _open_incident(self, worker: Watched, found: Overdue) -> None:
+        if has_hung_up(worker.connection):
+            # What it armed went with its program; what it rang before that is still to be read.
+            self._drop(worker)
+            return
         at = monotonic()
         case = case_of(worker, found, at)
         if case is None:
