@@ -16,9 +16,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import pairwise
 from math import inf
 from pathlib import Path
@@ -33,7 +35,7 @@ from hangwatch.watcher.events import Event
 from soak import faults
 from soak.checker import Checker, summary
 from soak.faults import Injector
-from soak.history import Fault, History, Life, Statement, life_of
+from soak.history import Death, Fault, History, Life, Statement, life_of
 from support.namespaces import prefix
 from support.stepped_clock import SteppedClock
 from support.watchers import watcher_below
@@ -44,8 +46,10 @@ FAULT_EVERY = 0.6
 # A worker that lives longer hangs where nobody watches: it ends, so that others can play.
 _OLD = 90.0
 _END_WITHIN = 60.0
-# A turn of ours that takes so long means that the machine stood still, and nobody ran.
-_STOOD_STILL = 1.0
+# A nap that takes so much longer means that the machine stood still, and nobody ran.
+_NAP, _STOOD_STILL = 0.02, 0.1
+# In less than that, not everything need have happened.
+_LONG_ENOUGH = 30.0
 _ALONE = "HANGWATCH_SOAK_ALONE"
 _OUTCOMES = {"expired", "reaped", "recovered", "reported", "raised", "gone", "unkillable"}
 
@@ -67,7 +71,8 @@ class Soak:
         self._logs = folder / "logs"
         self._reports = folder / "reports"
         self._workers: dict[int, float] = {}
-        self._deaths: list[tuple[float, int, int]] = []
+        self._deaths: list[Death] = []
+        self._looked = time.monotonic()
         self._reports_read: set[str] = set()
         self._logs.mkdir()
         self._reports.mkdir(mode=0o700)
@@ -109,13 +114,11 @@ class Soak:
     def _play(self, progress: Progress) -> None:
         began = time.monotonic()
         until = began + self._seconds
+        threading.Thread(target=self._feel_the_machine, daemon=True).start()
         next_fault = began + 2.0
         playing = progress.add_task("soak", total=self._seconds)
-        now = began
         while self._workers or time.monotonic() < until:
-            before, now = now, time.monotonic()
-            if now - before > _STOOD_STILL:
-                self._note("machine stood still", now - before)
+            now = time.monotonic()
             if now < until:
                 while len(self._workers) < WORKERS:
                     self._start_worker()
@@ -131,6 +134,15 @@ class Soak:
             progress.update(playing, completed=min(now - began, self._seconds))
             time.sleep(0.01)
         self.injector.end()
+
+    def _feel_the_machine(self) -> None:
+        """Note, in a thread of its own, when nobody ran."""
+        while True:
+            before = time.monotonic()
+            time.sleep(_NAP)
+            overslept = time.monotonic() - before - _NAP
+            if overslept > _STOOD_STILL:
+                self.history.faults.append(Fault(before, "machine stood still", overslept))
 
     def _start_worker(self) -> None:
         seed = str(self._rng.randrange(2**32))
@@ -150,6 +162,7 @@ class Soak:
                 os.kill(pid, signal.SIGKILL)
 
     def _wait_for_the_dead(self) -> None:
+        before, self._looked = self._looked, time.monotonic()
         while True:
             try:
                 news = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -160,7 +173,8 @@ class Soak:
             if news.si_pid == self._keeper:  # its launcher waits for it
                 raise AssertionError("the keeper has died")
             pid, status = os.waitpid(news.si_pid, 0)
-            self._deaths.append((time.monotonic(), pid, os.waitstatus_to_exitcode(status)))
+            now, code = time.monotonic(), os.waitstatus_to_exitcode(status)
+            self._deaths.append(Death(before, now, pid, code))
             self._workers.pop(pid, None)
 
     # -- what the watcher says
@@ -171,12 +185,7 @@ class Soak:
             statement = Statement(now, event["pid"], event["scope"], event["event"])
             self.history.statements.append(statement)
         elif event["event"] == "restarted":
-            self._note("watcher lost", 0.0)
-        elif event["event"] == "stalled":
-            self._note("stalled", event["for_s"])
-
-    def _note(self, kind: str, costs: float) -> None:
-        self.history.faults.append(Fault(time.monotonic(), kind, costs))
+            self.history.faults.append(Fault(now, "watcher lost", 0.0))
 
     def _read_reports(self) -> None:
         for path in self._reports.glob("[!.]*"):
@@ -187,7 +196,7 @@ class Soak:
                     self._reports_read.add(path.name)
                     worker, scope = report["worker"]["pid"], report["scope"]["name"]
                     self.history.statements.append(
-                        Statement(time.monotonic(), worker, scope, report["outcome"])
+                        Statement(time.monotonic(), worker, scope, report["outcome"], True)
                     )
 
     # -- the end
@@ -218,8 +227,7 @@ class Soak:
         # Reporters that have outlived their watcher, and whoever else is still to go.
         until = time.monotonic() + 10
         while (left := _below_us()) and time.monotonic() < until:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(-1, os.WNOHANG)
+            self._wait_for_the_dead()
             time.sleep(0.05)
         if (self._folder / "sock").exists():
             history.leaks.append("the socket's file")
@@ -248,13 +256,16 @@ class Soak:
             by_pid[life.pid].append(life)
         deaths = [*self._deaths, *(death for life in self.history.lives for death in life.waited)]
         # One that was logged may be seen again, if its parent was killed before it reaped it.
-        for at, pid, status in sorted(deaths):
-            before = [life for life in by_pid[pid] if life.started <= at and life.ended == inf]
+        for death in sorted(deaths, key=lambda death: death.at):
+            lives = by_pid[death.pid]
+            before = [life for life in lives if life.started <= death.at and life.ended == inf]
             for life, following in pairwise(before):
-                life.ended = following.started
+                life.lived = life.ended = following.started
             if before:
-                before[-1].ended, before[-1].status = at, status
-                before[-1].by_us = pid in self.injector.killed
+                last = before[-1]
+                last.lived, last.ended = max(death.after, last.started), death.at
+                last.status = death.status
+                last.by_us = death.pid in self.injector.killed
         for life in self.history.lives:
             life.close()
 
@@ -310,12 +321,15 @@ def main(seconds: float, seed: int) -> int:
             soak.run(progress)
         checker = Checker(soak.history)
         problems = checker.problems()
+        if seconds >= _LONG_ENOUGH:
+            problems += checker.idleness()
         print(f"{seconds:g} s, seed {seed}:\n{summary(soak.history, checker, problems)}")
         for problem in problems[:30]:
             print(f"  {problem}")
         kept = Path("build") / f"soak-{seed}"
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(folder, kept, ignore=lambda folder, names: {"sock"} & set(names))
+        (kept / "history.json").write_text(json.dumps(asdict(soak.history)))
         print(f"what everybody logged: {kept}")
         subprocess.run(["umount", "-q", str(folder / "reports")], check=False, capture_output=True)
     return int(bool(problems))

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import signal
-from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Iterator
 from math import inf
 
+from soak.faults import FULL_FOR
 from soak.history import Block, History, Life, Statement
 
 _GENTLE = (-signal.SIGKILL, -signal.SIGTERM)
-# Between the watcher's last look and its signal, and between a death and our seeing it, a
-# busy machine may take a while: who leaves an overdue block just then is not saved.
-_RACE = 1.0
+# Between the watcher's last look and its signal: who leaves an overdue block just then is not
+# saved. It is added to the time in which the machine kept everybody from running.
+_RACE = 0.1
 WITHIN = 15.0
 """Seconds from a deadline to the end of the matter: evidence takes 2 s, 4 s in a crowd, and
 may be gathered again by each watcher that follows one that died or was stopped meanwhile."""
-_CONNECTS_WITHIN = 0.5
+_TOLD_WITHIN = 8.0
+"""Seconds after which a block that is overdue has been told of, however it ends."""
+_WITH_PARENT = 2.0
+_MOST_UNWATCHED = 0.2
 
 
 class Checker:
@@ -29,8 +33,9 @@ class Checker:
     def __init__(self, history: History) -> None:
         self._history = history
         self._faults = sorted(history.faults, key=lambda fault: fault.at)
-        self._fault_times = [fault.at for fault in self._faults]
-        self._dearest = max((fault.costs for fault in self._faults), default=0.0)
+        self._lives: defaultdict[int, list[Life]] = defaultdict(list)
+        for life in history.lives:
+            self._lives[life.pid].append(life)
         self._said: defaultdict[int, list[Statement]] = defaultdict(list)
         for statement in history.statements:
             self._said[statement.pid].append(statement)
@@ -45,42 +50,114 @@ class Checker:
             found += self._raised(life)
             for block in life.blocks.values():
                 found += self._overrun(life, block)
+                found += self._repeated(life, block)
         for statement in self._history.statements:
-            found += self._groundless(statement)
+            found += self._untrue(statement)
         return found
+
+    def idleness(self) -> list[str]:
+        """Return what a soak should have seen some of, and has not: it has proven nothing."""
+        blocks = [block for life in self._history.lives for block in life.blocks.values()]
+        kinds = {fault.kind for fault in self._history.faults}
+        unwatched = sum(not block.watched for block in blocks)
+        idle = {
+            "no watcher was lost": "watcher lost" not in kinds,
+            "nobody was killed": not any(map(self.killed, self._history.lives)),
+            "nothing was raised": all(block.raised == inf for block in blocks),
+            f"{unwatched} of {len(blocks)} blocks were unwatched": unwatched
+            >= _MOST_UNWATCHED * len(blocks),
+        }
+        return [what for what, is_so in idle.items() if is_so]
 
     def killed(self, life: Life) -> bool:
         """Tell whether the watcher, and nobody else, ended a life by a signal."""
         return life.status in _GENTLE and not life.by_us
 
+    # -- faults
+
+    def _costs(self, since: float, until: float, pid: int = 0) -> float:
+        """Return for how long everybody, or `pid`, was kept from running."""
+        return sum(fault.overlap(since, until) for fault in self._faults if fault.pid in (0, pid))
+
+    def _bound(self, since: float, patience: float) -> float:
+        """Return the seconds after which what is overdue must have been dealt with."""
+        bound = WITHIN + patience
+        return bound + self._costs(since, since + bound)
+
+    def _happened(self, kind: str, since: float, until: float) -> bool:
+        return any(fault.kind == kind and since <= fault.at <= until for fault in self._faults)
+
+    # -- deaths
+
     def _death(self, life: Life) -> list[str]:
         """Nobody is killed early, or after having left in time; nobody crashes."""
+        who = f"process {life.pid}"
+        if life.ended == inf:
+            return [f"{who}: nobody knows how it ended"]
         if life.status is None or life.by_us:
             return []
+        if life.status == 0:
+            return [] if life.finished else [f"{who} ended with 0 in the middle of what it did"]
         if life.status not in _GENTLE:
-            return [f"process {life.pid} ended with {life.status}"] if life.status else []
+            return [f"{who} ended with {life.status}"]
+        race = _RACE + self._costs(life.ended - 1.0, life.ended)
         overdue = [
-            block for block in life.blocks.values() if block.may_be_overdue(life.ended, _RACE)
+            block
+            for block in life.blocks.values()
+            if block.may_be_overdue(life.lived - race, self._over(life, block))
         ]
         if any(block.on_expiry != "report" for block in overdue):
-            return self._unexplained(life, overdue)
+            return [*self._unexplained(life, overdue), *self._without_grace(life, overdue)]
         if self._with_its_parent(life):
             return []
         if overdue:
-            return [f"process {life.pid} was killed for {overdue[0].scope}, to be reported only"]
-        return [f"process {life.pid} was killed at {life.ended:.3f}, and was never overdue then"]
+            return [f"{who} was killed for {overdue[0].scope}, to be reported only"]
+        return [f"{who} was killed at {life.ended:.3f}, and was never overdue then"]
+
+    def _over(self, life: Life, block: Block) -> float:
+        """Return when a block was over at the latest: with its program."""
+        if life.executing == inf:
+            return life.ended
+        held_up = self._costs(block.entering, life.executing + 2.0, life.pid)
+        return min(life.ended, life.executing + _RACE + held_up)
 
     def _unexplained(self, life: Life, overdue: list[Block]) -> list[str]:
-        """Every kill has its report."""
+        """Every kill has its event and its report, or one of them if the other was hindered."""
+        since = min(block.first_overdue() for block in overdue)
         scopes = {block.scope for block in overdue}
-        if any(said.scope in scopes for said in self._said[life.pid]):
+        said = [
+            statement
+            for statement in self._said[life.pid]
+            if statement.scope in scopes and statement.outcome in ("reaped", "unkillable")
+            # What was heard before the next life of that number began.
+            if since - _RACE <= statement.at <= life.ended + WITHIN
+        ]
+        if not said:
+            return [f"process {life.pid} was killed for one of {scopes} without a word"]
+        full = self._happened("full disk", since - 2 * FULL_FOR, life.ended + 2 * FULL_FOR)
+        if not full and not any(statement.report for statement in said):
+            return [f"process {life.pid} was killed for one of {scopes} without a report"]
+        return []
+
+    def _without_grace(self, life: Life, overdue: list[Block]) -> list[str]:
+        """Who has asked for a grace has it before SIGKILL."""
+        if life.status != -signal.SIGKILL:
             return []
-        return [f"process {life.pid} was killed for one of {scopes} without a word"]
+        earliest = min(block.first_overdue() + block.grace for block in overdue)
+        if life.ended >= earliest:
+            return []
+        return [f"process {life.pid} was killed {earliest - life.ended:.3f} s within its grace"]
 
     def _with_its_parent(self, life: Life) -> bool:
-        """A child that has not armed anything yet dies with the worker that forked it."""
-        watched = [block.entered for block in life.blocks.values() if block.watched]
-        return life.child and min(watched, default=inf) > life.ended - _CONNECTS_WITHIN
+        """A child that was no worker yet dies with the worker that forked it."""
+        armed = life.quick > 0 or any(block.watched for block in life.blocks.values())
+        return not armed and any(
+            self.killed(parent) and abs(parent.ended - life.ended) <= _WITH_PARENT
+            for parent in self._history.lives
+            if life.pid in parent.forked
+        )
+
+    # -- blocks
 
     def _raised(self, life: Life) -> list[str]:
         """`TimerExpired` comes inside of a block that is overdue and wants it."""
@@ -88,52 +165,87 @@ class Checker:
             f"process {life.pid}: TimerExpired in {block.scope}, which was not overdue"
             for block in life.blocks.values()
             if block.raised < inf
-            and (block.on_expiry != "raise" or not block.may_be_overdue(block.raised))
+            and (block.on_expiry != "raise" or not block.may_be_overdue(block.raised, block.raised))
         ]
 
     def _overrun(self, life: Life, block: Block) -> list[str]:
         """What is overdue comes to an end, or has a stated reason, within its bound."""
         if not block.watched:
             return []
+        who = f"process {life.pid}: {block.scope}"
         for since, until in block.surely:
-            until = min(until, life.ended)
+            until = min(until, self._over(life, block))
             bound = self._bound(since, block.patience)
-            said = self._first_word(life, block, since)
-            done = min(until, said)
+            told = min(
+                (said.at for said in self._about(life, block) if said.at >= since - _RACE),
+                default=inf,
+            )
+            # Of what is only to be reported, the word is the end of the matter.
+            done = min(until, told) if block.on_expiry == "report" else until
             if done - since > bound:
                 how = "never" if done == inf else f"{done - since:.1f} s late"
-                return [f"process {life.pid}: {block.scope} was ended {how}, bound {bound:.1f} s"]
+                return [f"{who} was ended {how}, bound {bound:.1f} s"]
+            tellable = _TOLD_WITHIN + bound - WITHIN
+            if until - since > tellable and told == inf and not life.by_us:
+                return [f"{who} was overdue for {until - since:.1f} s, and never told of"]
             if self.killed(life) and until == life.ended:
                 lateness = life.ended - since - block.patience
                 self.worst_lateness = max(self.worst_lateness, lateness)
         return []
 
-    def _first_word(self, life: Life, block: Block, since: float) -> float:
-        """Return when it was first said that the block had overrun, if that ended the matter."""
-        if block.on_expiry != "report":
-            return inf
-        times = [said.at for said in self._said[life.pid] if said.scope == block.scope]
-        return min((at for at in times if at >= since - _RACE), default=inf)
+    def _about(self, life: Life, block: Block) -> Iterator[Statement]:
+        """Yield what may have been said about a block, in time."""
+        for said in self._said[life.pid]:
+            if said.scope == block.scope and any(
+                begin <= min(said.at, self._over(life, block))
+                and said.at <= min(end, life.ended) + self._bound(begin, block.patience)
+                for begin, end in block.perhaps
+            ):
+                yield said
 
-    def _bound(self, since: float, patience: float) -> float:
-        """Return the seconds after which what is overdue must have been dealt with."""
-        bound = WITHIN + patience
-        index = bisect_left(self._fault_times, since - self._dearest)
-        for fault in self._faults[index:]:
-            if fault.at > since + bound:
-                break
-            if fault.at + fault.costs > since:
-                bound += fault.costs
-        return bound
+    # -- statements
 
-    def _groundless(self, statement: Statement) -> list[str]:
-        """Every report belongs to a real expiry."""
-        mine = [life for life in self._history.lives if life.pid == statement.pid]
-        blocks = [b for life in mine for b in life.blocks.values() if b.scope == statement.scope]
-        if any(begin <= statement.at for block in blocks for begin, _ in block.perhaps):
+    def _untrue(self, statement: Statement) -> list[str]:
+        """Every statement belongs to a real expiry, and who is said to be dead is dead."""
+        what = (
+            f"{statement.outcome} of {statement.scope!r} in process {statement.pid} "
+            f"at {statement.at:.3f}"
+        )
+        meant = [
+            life
+            for life in self._lives[statement.pid]
+            for block in life.blocks.values()
+            if statement in self._about(life, block)
+        ]
+        if not meant:
+            return [f"{what} belongs to no expiry"]
+        if statement.outcome == "reaped" and all(life.lived > statement.at for life in meant):
+            return [f"{what}, which lived on"]
+        return []
+
+    def _repeated(self, life: Life, block: Block) -> list[str]:
+        """The end of a block is told once, by an event and by a report.
+
+        That it has expired is told by each watcher that follows one that was lost meanwhile.
+        """
+        namesakes = [
+            other
+            for one in self._lives[life.pid]
+            for other in one.blocks.values()
+            if other.scope == block.scope
+        ]
+        if len(namesakes) > 1 or len(block.perhaps) > 1:
             return []
-        what = f"{statement.outcome} of {statement.scope!r} in process {statement.pid}"
-        return [f"{what} at {statement.at:.3f} belongs to no expiry"]
+        told = list(self._about(life, block))
+        ends = [said for said in told if said.outcome != "expired"]
+        expired = [said.at for said in told if said.outcome == "expired"]
+        if expired and self._happened("watcher lost", min(expired), max(expired) + 1.0):
+            expired = []
+        reports = sum(said.report for said in ends)
+        most = max(reports, len(ends) - reports, len(expired))
+        if most <= 1:
+            return []
+        return [f"process {life.pid}: {block.scope} was told of {most} times"]
 
 
 def summary(history: History, checker: Checker, problems: list[str]) -> str:
@@ -145,8 +257,8 @@ def summary(history: History, checker: Checker, problems: list[str]) -> str:
         kinds[fault.kind] += 1
     killed = sum(checker.killed(life) for life in lives)
     raised = sum(block.raised < inf for life in lives for block in life.blocks.values())
-    false = sum("was never overdue" in problem for problem in problems)
-    missed = sum(" was ended " in problem for problem in problems)
+    false = sum("was killed" in problem for problem in problems)
+    missed = sum(" was ended " in problem or "never told" in problem for problem in problems)
     faults = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     return (
         f"{len(lives):,} workers, {timers:,} timers, {killed} killed by the watcher, "

@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from soak.history import Fault
+from soak.history import STOPPED_FOR, Fault
 from support.raw_worker import connect, hello, memfd
 from support.stepped_clock import SteppedClock
 from support.watchers import watcher_below
 
 # They run for 2.5 s, and whoever they kept from running has something to catch up on.
 WHILE_BUSY = 4.0
+FULL_FOR = 2.0
 
 RARELY = (
     "handshake.*=kill%0.002,handshake.*=stop%0.0005,"
@@ -168,13 +169,14 @@ class Injector:
         if living := self._living():
             pid = self._rng.choice(living)
             os.kill(pid, signal.SIGSTOP)
-            self.note("worker stopped", pid=pid)
+            seconds = self._rng.uniform(0.05, STOPPED_FOR)
+            self.note("worker stopped", seconds, pid)
 
             def go_on() -> None:
                 if pid in self._living():
                     os.kill(pid, signal.SIGCONT)
 
-            self._after(self._rng.uniform(0.05, 1.5), go_on)
+            self._after(seconds, go_on)
 
     def _after(self, seconds: float, undo: Callable[[], None]) -> None:
         self._later.append((time.monotonic() + seconds, undo))
@@ -250,7 +252,7 @@ class Injector:
             while True:
                 file.write(bytes(1 << 16))
         self.note("full disk")
-        self._after(2.0, lambda: filler.unlink(missing_ok=True))
+        self._after(FULL_FOR, lambda: filler.unlink(missing_ok=True))
 
     def _step_clock(self) -> None:
         assert self._clock is not None

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from math import inf
 from time import monotonic
 
+STOPPED_FOR = 1.5
+"""For at most so long the injector stops a worker."""
+
 
 @dataclass(slots=True)
 class Record:
@@ -19,19 +22,21 @@ class Record:
 
     Attributes:
         at: when it was written.
-        do: ``start`` and ``end`` of a program, and a ``problem`` that it found; ``entering`` and
+        do: ``start`` and ``end`` of a program, and a ``problem`` that it found; ``executing``:
+            another one takes its place now; ``forked``, and ``waited`` for; ``entering`` and
             ``entered``, ``leaving`` and ``left``, ``renewing`` and ``renewed``, ``cancelled`` of a
             block; ``raised`` in one; ``quick``: many blocks that came and went.
         block: number of the block in its process.
         scope: its name; of a ``problem``, what it is.
         limit: in seconds; of a renewal, the new one.
         on_expiry: what it asks for; None: the server's choice.
-        patience: seconds that may pass, by its own grace, before it is killed.
+        grace: seconds that it asks for between the first step to end it and SIGKILL.
+        patience: seconds that may pass by that, each of two steps having it.
         pauses: whether the block is a pause.
         watched: whether the worker was connected once it had entered.
         count: of ``quick``: how many blocks.
-        pid, child: of ``start``, and whether another worker forked it; of ``spawned``: a child
-            that is no worker.
+        pid, child: of ``start``, and whether another worker forked it; of ``forked``: a child
+            that is a worker; of ``spawned``: one that is none.
         status: of ``waited``: how the child `pid` ended.
     """
 
@@ -41,6 +46,7 @@ class Record:
     scope: str = ""
     limit: float = 0.0
     on_expiry: str | None = None
+    grace: float = 0.0
     patience: float = 0.0
     pauses: bool = False
     watched: bool = True
@@ -93,6 +99,7 @@ class Block:
     scope: str
     limit: float
     on_expiry: str | None
+    grace: float
     patience: float
     pauses: bool
     entering: float
@@ -106,9 +113,13 @@ class Block:
     perhaps: list[tuple[float, float]] = field(default_factory=list)
     surely: list[tuple[float, float]] = field(default_factory=list)
 
-    def may_be_overdue(self, when: float, slack: float = 0.0) -> bool:
-        """Tell whether it may have been overdue at `when`, or up to `slack` before."""
-        return any(begin <= when <= end + slack for begin, end in self.perhaps)
+    def may_be_overdue(self, since: float, until: float) -> bool:
+        """Tell whether it may have been overdue at some moment from `since` until `until`."""
+        return any(begin <= until and end >= since for begin, end in self.perhaps)
+
+    def first_overdue(self) -> float:
+        """Return when it may have been overdue first, infinite if never."""
+        return min((begin for begin, _ in self.perhaps), default=inf)
 
     def no_longer_surely(self, when: float) -> None:
         """Note that whatever was its deadline may not hold from `when` on."""
@@ -123,6 +134,22 @@ class Block:
         self.earliest = inf
 
 
+@dataclass(frozen=True, slots=True)
+class Death:
+    """A process's end, as its parent or the driver saw it.
+
+    Attributes:
+        after: at the look before, it lived still.
+        at: it was seen.
+        status: how it ended, negative by a signal.
+    """
+
+    after: float
+    at: float
+    pid: int
+    status: int
+
+
 @dataclass(slots=True)
 class Life:
     """One program in one process, from its start to its end, or to an exec.
@@ -132,25 +159,31 @@ class Life:
         started: when its log begins.
         child: whether another worker forked it.
         ended: when it was known to be dead, or to have become another program.
+        lived: until when at least it had not ended, as far as anybody looked.
+        executing: when it was about to become another program.
         status: how it ended, negative by a signal; None: by an exec, or unknown.
         by_us: whether the driver's injector killed it.
         quick: how many blocks came and went that are not in `blocks`.
         finished: whether it came to its own end.
         problems: what it complained of.
-        waited: children that it saw ending: when, who, how.
-        spawned: children that are no workers.
+        waited: children that it saw ending.
+        forked: children that are workers.
+        spawned: children that are none.
     """
 
     pid: int
     started: float
     child: bool = False
     ended: float = inf
+    lived: float = 0.0
+    executing: float = inf
     status: int | None = None
     by_us: bool = False
     quick: int = 0
     finished: bool = False
     problems: list[str] = field(default_factory=list)
-    waited: list[tuple[float, int, int]] = field(default_factory=list)
+    waited: list[Death] = field(default_factory=list)
+    forked: list[int] = field(default_factory=list)
     spawned: list[int] = field(default_factory=list)
     blocks: dict[int, Block] = field(default_factory=dict)
 
@@ -160,17 +193,19 @@ class Life:
 
     def close(self) -> None:
         """Come to a conclusion about what was open when the log ended."""
-        pauses = self.pauses()
         for block in self.blocks.values():
-            if block.ended < inf:
-                continue
-            suspended = [pause for pause in pauses if pause is not block and not block.pauses]
-            if any(block.earliest > pause.entered for pause in suspended):
-                block.earliest = inf
-            if suspended:
-                block.no_longer_surely(min(pause.entering for pause in suspended))
-            block.no_longer_perhaps(inf)
-            block.no_longer_surely(inf)
+            if block.ended == inf:
+                self.suspend(block)
+                block.no_longer_perhaps(inf)
+                block.no_longer_surely(inf)
+
+    def suspend(self, block: Block) -> None:
+        """Note that its clock has stood still in the pauses that are open."""
+        suspended = [pause for pause in self.pauses() if pause is not block and not block.pauses]
+        if any(block.earliest > pause.entered for pause in suspended):
+            block.earliest = inf
+        if suspended:
+            block.no_longer_surely(min(pause.entering for pause in suspended))
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,13 +213,18 @@ class Fault:
     """Something that the injector did, or that befell the watcher, and what it may cost.
 
     Attributes:
-        costs: seconds that it gives to what is overdue around it; few faults do.
+        at: when it began.
+        costs: for so many seconds processes ran slowly or not at all: all of them, or `pid`.
     """
 
     at: float
     kind: str
     costs: float
     pid: int = 0
+
+    def overlap(self, since: float, until: float) -> float:
+        """Return for how much of that time it held them up."""
+        return max(0.0, min(self.at + self.costs, until) - max(self.at, since))
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +235,7 @@ class Statement:
     pid: int
     scope: str
     outcome: str
+    report: bool = False
 
 
 @dataclass(slots=True)
@@ -230,7 +271,13 @@ def _take(life: Life, record: Record) -> None:
     now = record.at
     if record.do == "entering":
         life.blocks[record.block] = Block(
-            *(record.scope, record.limit, record.on_expiry, record.patience, record.pauses, now),
+            record.scope,
+            record.limit,
+            record.on_expiry,
+            record.grace,
+            record.patience,
+            record.pauses,
+            entering=now,
             earliest=now + record.limit,
         )
     elif record.do == "quick":
@@ -239,8 +286,13 @@ def _take(life: Life, record: Record) -> None:
         life.finished = True
     elif record.do == "spawned":
         life.spawned.append(record.pid)
+    elif record.do == "forked":
+        life.forked.append(record.pid)
     elif record.do == "waited":
-        life.waited.append((now, record.pid, record.status))
+        # It may have been stopped meanwhile.
+        life.waited.append(Death(now - STOPPED_FOR, now, record.pid, record.status))
+    elif record.do == "executing":
+        life.executing = now
     elif record.do == "problem":
         life.problems.append(record.scope)
     block = life.blocks.get(record.block)
@@ -257,9 +309,11 @@ def _take(life: Life, record: Record) -> None:
     elif record.do == "raised":
         block.raised = now
     elif record.do == "leaving":
+        life.suspend(block)
         block.no_longer_surely(now)
         block.begun = now
     elif record.do in ("left", "cancelled"):
+        life.suspend(block)
         block.no_longer_surely(now)
         block.no_longer_perhaps(now)
         block.ended = now

@@ -30,17 +30,21 @@ def entered(at: float, limit: float = 1.0, **more: Any) -> list[tuple[float, str
 
 
 def dead(of: Life, at: float, status: int | None = -9, by_us: bool = False) -> Life:
-    of.ended, of.status, of.by_us = at, status, by_us
+    of.lived, of.ended, of.status, of.by_us = at, at, status, by_us
     return of
 
 
 def problems(
     *lives: Life,
     said: list[tuple[float, str, str]] | None = None,
+    reported: list[tuple[float, str, str]] | None = None,
     faults: list[Fault] | None = None,
     **more: Any,
 ) -> list[str]:
     statements = [Statement(at, PID, scope, outcome) for at, scope, outcome in said or []]
+    # An event of an end and the report go together, unless a test says otherwise.
+    ends = [one for one in said or [] if one[2] != "expired"] if reported is None else reported
+    statements += [Statement(at, PID, scope, outcome, True) for at, scope, outcome in ends]
     history = History(list(lives), faults or [], statements, **more)
     return Checker(history).problems()
 
@@ -68,11 +72,21 @@ def test_a_kill_after_it_was_disarmed_in_time() -> None:
     assert "never overdue" in problem
 
 
-def test_a_kill_long_after_it_was_disarmed_too_late() -> None:
+def test_a_kill_after_it_was_disarmed_too_late() -> None:
     left = life(*entered(10.0), (11.5, "leaving", {}), (11.6, "left", {}))
-    assert problems(dead(left, 12.0), said=[(11.2, "a", "reaped")]) == [], "it was a close race"
-    (problem,) = problems(dead(left, 13.0), said=[(11.2, "a", "expired")])
+    said = [(11.65, "a", "reaped")]
+    assert problems(dead(left, 11.65), said=said) == [], "it was a close race"
+    (problem,) = problems(dead(left, 12.0), said=[(11.2, "a", "expired")])
     assert "never overdue then" in problem
+    slow = [Fault(11.3, "machine stood still", 0.5)]
+    assert problems(dead(left, 12.0), said=[(12.0, "a", "reaped")], faults=slow) == []
+
+
+def test_a_death_that_is_seen_late_may_have_been_any_time_since_the_look_before() -> None:
+    left = life(*entered(10.0), (11.5, "leaving", {}), (11.6, "left", {}))
+    seen = dead(left, 12.0)
+    seen.lived = 11.5
+    assert problems(seen, said=[(11.7, "a", "reaped")]) == []
 
 
 def test_a_kill_outside_of_every_block() -> None:
@@ -92,6 +106,14 @@ def test_a_kill_in_the_middle_of_a_renewal_may_follow_the_old_deadline() -> None
     assert problems(dead(renewing, 11.1), said=REAPED) == []
 
 
+def test_a_kill_within_a_grace() -> None:
+    patient = entered(10.0, grace=0.5, patience=1.0)
+    (problem,) = problems(dead(life(*patient), 11.1), said=REAPED)
+    assert "within its grace" in problem
+    assert problems(dead(life(*patient), 11.1, -15), said=REAPED) == [], "by what came first"
+    assert problems(dead(life(*patient), 11.6), said=[(11.6, "a", "reaped")]) == []
+
+
 def test_a_kill_for_what_was_cancelled() -> None:
     (problem,) = problems(dead(life(*entered(10.0), (10.5, "cancelled", {})), 11.5))
     assert "never overdue" in problem
@@ -107,6 +129,17 @@ GOES_ON = [(15.0, "leaving", {"block": 2}), (15.0, "left", {"block": 2})]
 def test_a_kill_during_a_pause() -> None:
     (problem,) = problems(dead(life(*PAUSED), 12.0))
     assert "never overdue" in problem
+
+
+@pytest.mark.parametrize("end", ["left", "cancelled"])
+def test_a_kill_and_words_for_a_block_within_a_pause(end: str) -> None:
+    within = [*entered(11.0, 0.5, scope="b", block=3), (12.5, end, {"block": 3})]
+    begun = life(*PAUSED, *within)
+    assert problems(dead(begun, 20.0, 0, by_us=True)) == []
+    (problem,) = problems(dead(begun, 12.4))
+    assert "never overdue" in problem
+    (problem, *_) = problems(dead(begun, 20.0, 0, by_us=True), said=[(12.0, "b", "recovered")])
+    assert "belongs to no expiry" in problem
 
 
 def test_a_pause_gives_its_time_back() -> None:
@@ -136,9 +169,27 @@ def test_a_kill_for_what_was_only_to_be_reported() -> None:
     assert "to be reported only" in problem
 
 
-def test_a_kill_without_a_word() -> None:
-    (problem,) = problems(dead(life(*entered(10.0)), 11.1))
-    assert "without a word" in problem
+@pytest.mark.parametrize(
+    "said",
+    [[], [(11.1, "a", "recovered")], [(11.1, "a", "expired")], [(11.1, "b", "reaped")]],
+    ids=["no word", "another end", "no end", "another block"],
+)
+def test_a_kill_without_a_word(said: list[tuple[float, str, str]]) -> None:
+    found = problems(dead(life(*entered(10.0)), 11.1), said=said)
+    assert any("without a word" in problem for problem in found)
+
+
+def test_a_word_about_an_earlier_block_explains_no_kill() -> None:
+    twice = [*entered(10.0), (12.0, "left", {}), *entered(100.0, block=2)]
+    found = problems(dead(life(*twice), 101.1), said=[(11.1, "a", "reaped")])
+    assert any("without a word" in problem for problem in found)
+
+
+def test_a_kill_without_a_report() -> None:
+    hang = dead(life(*entered(10.0)), 11.1)
+    (problem,) = problems(hang, said=REAPED, reported=[])
+    assert "without a report" in problem
+    assert problems(hang, said=REAPED, reported=[], faults=[Fault(10.0, "full disk", 0.0)]) == []
 
 
 def test_a_crash() -> None:
@@ -150,9 +201,18 @@ def test_a_worker_that_the_injector_killed_is_nobody_s_fault() -> None:
     assert problems(dead(life(*entered(10.0)), 10.5, by_us=True)) == []
 
 
+def test_an_end_that_nobody_saw() -> None:
+    (problem,) = problems(life((10.0, "end", {})))
+    assert "nobody knows how it ended" in problem
+
+
+def test_an_end_in_the_middle() -> None:
+    (problem,) = problems(dead(life(*entered(10.0, 60.0)), 12.0, 0))
+    assert "ended with 0 in the middle" in problem
+
+
 def test_a_hang_that_nobody_ends() -> None:
-    (problem,) = problems(life(*entered(10.0)))
-    assert "was ended never" in problem
+    assert any("was ended never" in problem for problem in problems(life(*entered(10.0))))
 
 
 def test_a_hang_that_is_ended_too_late() -> None:
@@ -166,8 +226,11 @@ def test_a_standstill_around_it_lengthens_the_bound_and_one_long_ago_does_not() 
     hang = dead(life(*entered(10.0)), late)
     said = [(late, "a", "reaped")]
     assert problems(hang, said=said, faults=[Fault(12.0, "machine stood still", 0.8)]) == []
+    assert problems(hang, said=said, faults=[Fault(10.7, "machine stood still", 0.9)]) == []
+    assert problems(hang, said=said, faults=[Fault(10.1, "machine stood still", 0.9)])
     assert problems(hang, said=said, faults=[Fault(8.0, "machine stood still", 0.8)])
     assert problems(hang, said=said, faults=[Fault(late + 1, "machine stood still", 0.8)])
+    assert problems(hang, said=said, faults=[Fault(12.0, "worker stopped", 0.8, PID + 1)])
 
 
 def test_a_grace_lengthens_the_bound() -> None:
@@ -180,33 +243,45 @@ def test_a_hang_that_nobody_could_watch_is_nobody_s_fault() -> None:
     unwatched = life(
         (10.0, "entering", {"scope": "a", "limit": 1.0}), (10.0, "entered", {"watched": False})
     )
-    assert problems(unwatched) == []
+    assert problems(dead(unwatched, 90.0, by_us=True)) == []
 
 
 def test_what_is_to_be_reported_must_be_reported() -> None:
-    asked = life(*entered(10.0, on_expiry="report"))
+    asked = dead(life(*entered(10.0, on_expiry="report")), 90.0, by_us=True)
     assert problems(asked, said=[(11.5, "a", "reported")]) == []
     (problem,) = problems(asked)
-    assert "was ended never" in problem
+    assert "was ended 79.0 s late" in problem
+
+
+@pytest.mark.parametrize("on_expiry", ["report", "reap", None])
+def test_what_was_overdue_for_long_must_have_been_told_of(on_expiry: str | None) -> None:
+    slow = [*entered(10.0, on_expiry=on_expiry), (21.0, "left", {}), (22.0, "end", {})]
+    assert problems(dead(life(*slow), 23.0, 0), said=[(21.0, "a", "recovered")]) == []
+    (problem,) = problems(dead(life(*slow), 23.0, 0))
+    assert "never told of" in problem
 
 
 def test_what_is_raised_where_nothing_is_overdue() -> None:
     asked = entered(10.0, on_expiry="raise")
     good = life(*asked, (11.2, "raised", {}), (13.0, "left", {}), (14.0, "end", {}))
     assert problems(dead(good, 15.0, 0), said=[(11.2, "a", "raised")]) == []
-    (problem,) = problems(dead(life(*asked, (10.5, "raised", {}), (10.6, "left", {})), 15.0, 0))
+    (problem,) = problems(
+        dead(life(*asked, (10.5, "raised", {}), (10.6, "left", {})), 15.0, by_us=True)
+    )
     assert "TimerExpired in a" in problem
 
 
 def test_what_is_raised_where_it_was_not_wanted() -> None:
     (problem,) = problems(
-        dead(life(*entered(10.0), (11.2, "raised", {}), (11.3, "left", {})), 15.0, 0)
+        dead(life(*entered(10.0), (11.2, "raised", {}), (11.3, "left", {})), 15.0, by_us=True)
     )
     assert "TimerExpired in a" in problem
 
 
 @pytest.mark.parametrize(
-    "statement", [(10.5, "a", "expired"), (11.5, "b", "expired")], ids=["too early", "another"]
+    "statement",
+    [(10.5, "a", "expired"), (11.5, "b", "expired"), (40.0, "a", "expired")],
+    ids=["too early", "another", "too late"],
 )
 def test_a_report_of_what_did_not_expire(statement: tuple[float, str, str]) -> None:
     hang = dead(life(*entered(10.0)), 11.1)
@@ -214,9 +289,51 @@ def test_a_report_of_what_did_not_expire(statement: tuple[float, str, str]) -> N
     assert "belongs to no expiry" in problem
 
 
+def test_a_word_about_a_program_that_is_no_more() -> None:
+    gone = dead(life(*entered(10.0), (10.2, "executing", {})), 10.4, None)
+    (problem,) = problems(gone, said=[(11.5, "a", "expired")])
+    assert "belongs to no expiry" in problem
+    exited = dead(life(*entered(10.0), (10.1, "end", {})), 10.2, 0)
+    (problem,) = problems(exited, said=[(11.5, "a", "reaped")], reported=[])
+    assert "belongs to no expiry" in problem
+
+
+def test_who_is_said_to_be_dead_and_lives() -> None:
+    slow = life(*entered(10.0), (12.0, "left", {}), (40.0, "end", {}))
+    (problem,) = problems(dead(slow, 41.0, 0), said=[(11.5, "a", "reaped")], reported=[])
+    assert "which lived on" in problem
+
+
+@pytest.mark.parametrize("report", [False, True])
+def test_an_end_that_is_told_twice(report: bool) -> None:
+    twice = [(11.1, "a", "reaped"), (11.4, "a", "gone")]
+    said, reported = (REAPED, twice) if report else (twice, REAPED)
+    (problem,) = problems(dead(life(*entered(10.0)), 11.1), said=said, reported=reported)
+    assert "told of 2 times" in problem
+
+
+def test_each_watcher_may_say_that_a_block_has_expired() -> None:
+    hang = dead(life(*entered(10.0)), 12.1)
+    said = [(11.1, "a", "expired"), (11.8, "a", "expired"), (12.1, "a", "reaped")]
+    assert problems(hang, said=said, faults=[Fault(11.5, "watcher lost", 0.0)]) == []
+    (problem,) = problems(hang, said=said)
+    assert "told of 2 times" in problem
+
+
 def test_a_child_that_armed_nothing_may_die_with_its_parent_and_a_worker_may_not() -> None:
-    assert problems(dead(life(child=True), 5.0)) == []
-    (problem,) = problems(dead(life(*entered(1.0, 60.0), child=True), 5.0))
+    parent = life(*entered(10.0), (10.9, "forked", {"pid": PID + 1}))
+    parent = dead(parent, 11.1)
+    child = dead(life(child=True), 11.2)
+    child.pid = PID + 1
+    assert problems(parent, child, said=REAPED) == []
+    (problem,) = problems(child, said=[])
+    assert "never overdue" in problem
+    armed = dead(life(*entered(10.95, 60.0), child=True), 11.2)
+    armed.pid = PID + 1
+    (problem,) = problems(parent, armed, said=REAPED)
+    assert "never overdue" in problem
+    child.quick = 1
+    (problem,) = problems(parent, child, said=REAPED)
     assert "never overdue" in problem
 
 
@@ -227,9 +344,28 @@ def test_a_block_of_the_program_before_an_exec_justifies_nothing() -> None:
     assert "never overdue" in problem
 
 
+def test_nor_before_the_program_after_it_could_say_a_word() -> None:
+    between = dead(life(*entered(10.0), (10.1, "executing", {})), 11.5)
+    (problem,) = problems(between)
+    assert "never overdue" in problem
+    # But it may not have got to it.
+    stopped = [Fault(10.1, "worker stopped", 1.0, PID)]
+    assert problems(between, said=[(11.5, "a", "reaped")], faults=stopped) == []
+
+
 def test_whatever_leaked_failed_or_was_complained_of_is_a_problem() -> None:
-    complaining = life((1.0, "problem", {"scope": "open before: 3, then: 4"}))
+    complaining = dead(life((1.0, "problem", {"scope": "open before: 3, then: 4"})), 2.0, -9, True)
     assert len(problems(complaining, leaks=["a memfd"], errors=["in log: Traceback"])) == 3
+
+
+def test_a_soak_in_which_nothing_happened_proves_nothing() -> None:
+    assert len(Checker(History()).idleness()) == 4
+    raised = life(*entered(10.0, on_expiry="raise"), (11.2, "raised", {}), (11.3, "left", {}))
+    hang = dead(life(*entered(10.0)), 11.1)
+    busy = History([raised, hang], [Fault(1.0, "watcher lost", 0.0)])
+    assert Checker(busy).idleness() == []
+    hang.blocks[1].watched = False
+    assert Checker(busy).idleness() == ["1 of 2 blocks were unwatched"]
 
 
 def test_a_line_that_a_kill_cut_short_does_not_count() -> None:

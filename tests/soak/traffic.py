@@ -150,38 +150,55 @@ class Traffic:
     def report(self) -> None:
         """A block that overruns and is only reported."""
         with self.wanting("report", self.rng.uniform(0.1, 0.5)):
-            time.sleep(2.0)
+            time.sleep(self.rng.choice([0.5, 2.0, 10.0]))
 
     # -- acts that start or become another process
 
     def fork(self) -> None:
         """A child that is a worker itself."""
-        seed = self.rng.randrange(2**32)
         with self.logged("waits for a child", LONG):
-            child = os.fork()
-            if child == 0:
-                status = 1
-                try:
-                    self.log.close()
-                    Traffic(self.log.folder, seed, child=True).play(2)
-                    status = 0
-                except SystemExit:
-                    status = 0
-                finally:
-                    sys.stderr.flush()
-                    os._exit(status)
-            # Logged first: who is killed after it has reaped could tell nobody any more.
-            end = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-            assert end is not None
-            by_signal = end.si_code != os.CLD_EXITED
-            status = -end.si_status if by_signal else end.si_status
-            self.log.write("waited", pid=child, status=status)
-            os.waitpid(child, 0)
+            self._wait_for(self._fork())
+
+    def leave_behind(self) -> None:
+        """A hang, while a child, a worker as well, goes on."""
+        child = self._fork()
+        with self.wanting(None, 0.3) as watched:
+            self._wait_for(child)
+            if watched:
+                _asleep()
+
+    def _fork(self) -> int:
+        """Fork a child that plays two acts."""
+        seed = self.rng.randrange(2**32)
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                self.log.close()
+                Traffic(self.log.folder, seed, child=True).play(2)
+                status = 0
+            except SystemExit:
+                status = 0
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        self.log.write("forked", pid=child)
+        return child
+
+    def _wait_for(self, child: int) -> None:
+        # Logged first: who is killed after it has reaped could tell nobody any more.
+        end = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        assert end is not None
+        by_signal = end.si_code != os.CLD_EXITED
+        status = -end.si_status if by_signal else end.si_status
+        self.log.write("waited", pid=child, status=status)
+        os.waitpid(child, 0)
 
     def execute(self) -> None:
         """Another program in this process; what the old one armed must not end it."""
         seed = str(self.rng.randrange(2**32))
         with self.logged(self.unique("exec"), 0.5):
+            self.log.write("executing")
             os.execv(
                 sys.executable, [sys.executable, "-m", "soak.traffic", self.log.folder, seed, "2"]
             )
@@ -251,6 +268,7 @@ class Traffic:
             scope=scope,
             limit=limit,
             on_expiry=on_expiry,
+            grace=grace or 0.0,
             # After what is raised, and after the first signal.
             patience=2 * (grace or 0.0),
         )
@@ -305,6 +323,7 @@ _ACTS: dict[Callable[[Traffic], None], float] = {
     Traffic.late: 2,
     Traffic.report: 0.5,
     Traffic.fork: 1,
+    Traffic.leave_behind: 0.5,
     Traffic.execute: 1,
     Traffic.exit: 0.7,
     Traffic.hang: 1.5,

@@ -269,6 +269,16 @@ def test_reports_are_private_whole_and_the_newest_are_kept(tmp_path: Path) -> No
     json.loads((newest / "report.json").read_text())
 
 
+def test_a_clock_that_was_set_back_makes_new_reports_no_old_ones(tmp_path: Path) -> None:
+    now = time.time()
+    for number in range(publish.KEPT):
+        publish.publish(make_report(at=now + 3600 + number, pid=number), str(tmp_path))
+    for number in range(3):
+        publish.publish(make_report(at=now - 3 + number, pid=1000 + number), str(tmp_path))
+    kept = sorted(int(entry.name.rpartition("-")[2]) for entry in tmp_path.iterdir())
+    assert kept == [*range(3, publish.KEPT), 1000, 1001, 1002]
+
+
 def test_two_reports_of_one_millisecond_are_both_kept(tmp_path: Path) -> None:
     for _ in range(3):
         publish.publish(make_report(), str(tmp_path))

@@ -47,8 +47,7 @@ def publish(report: Report, directory: str | None) -> None:
 
 def _keep(report: Report, directory: Path) -> Path:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    at = datetime.fromtimestamp(report.case.at, UTC)
-    stamp = at.strftime("%Y%m%dT%H%M%S.") + f"{at.microsecond // 1000:03d}Z"
+    stamp = _stamp(datetime.fromtimestamp(report.case.at, UTC))
     name = f"{stamp}-{slug(report.case.scope.name)}-{report.case.worker.pid}"
     draft = directory / f".{name}.{os.getpid()}"
     draft.mkdir(mode=0o700)
@@ -75,6 +74,10 @@ def _keep(report: Report, directory: Path) -> Path:
     return place
 
 
+def _stamp(at: datetime) -> str:
+    return at.strftime("%Y%m%dT%H%M%S.") + f"{at.microsecond // 1000:03d}Z"
+
+
 def slug(scope: str) -> str:
     """Turn a scope into part of a file name, its end kept."""
     return re.sub(r"[^A-Za-z0-9_.]+", "-", scope)[-40:].strip("-.") or "scope"
@@ -82,10 +85,13 @@ def slug(scope: str) -> str:
 
 def _prune(directory: Path) -> None:
     # Only what has our own kind of name and holds a report is ours to delete.
-    reports = sorted(
+    reports = [
         entry.name
         for entry in os.scandir(directory)
         if _NAME.fullmatch(entry.name) and os.path.exists(f"{entry.path}/report.json")
-    )
+    ]
+    # What is dated later than now is older: the clock was set back since.
+    now = _stamp(datetime.now(UTC))
+    reports.sort(key=lambda name: (name[: len(now)] <= now, name))
     for name in reports[:-KEPT]:
         shutil.rmtree(directory / name, ignore_errors=True)
