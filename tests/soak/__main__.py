@@ -51,6 +51,7 @@ _NAP, _STOOD_STILL = 0.02, 0.1
 # In less than that, not everything need have happened.
 _LONG_ENOUGH = 30.0
 _ALONE = "HANGWATCH_SOAK_ALONE"
+_KILLED = r"^hangwatch: WARNING: worker (\d+) overran '(.*?)': .*; killed, its death confirmed"
 _OUTCOMES = {"expired", "reaped", "recovered", "reported", "raised", "gone", "unkillable"}
 
 
@@ -235,6 +236,8 @@ class Soak:
             text = (self._folder / name).read_text(errors="replace")
             found = re.findall(r"^(?:Traceback|Fatal Python error)(?:.*\n)+?(?=\S)(.*)", text, re.M)
             history.errors += [f"in {name}: {line}" for line in found]
+        told = re.findall(_KILLED, (self._folder / "log").read_text(errors="replace"), re.M)
+        history.logged = [(int(pid), scope) for pid, scope in told]
         hostile = self.injector.hostile
         history.statements[:] = [said for said in history.statements if said.pid not in hostile]
         history.faults += self.injector.faults

@@ -122,7 +122,7 @@ class Checker:
         return min(life.ended, life.executing + _RACE + held_up)
 
     def _unexplained(self, life: Life, overdue: list[Block]) -> list[str]:
-        """Every kill has its event and its report, or one of them if the other was hindered."""
+        """Every kill has its report; on a full disk, an event or a record in the log."""
         since = min(block.first_overdue() for block in overdue)
         scopes = {block.scope for block in overdue}
         said = [
@@ -132,9 +132,9 @@ class Checker:
             # What was heard before the next life of that number began.
             if since - _RACE <= statement.at <= life.ended + WITHIN
         ]
-        if not said:
-            return [f"process {life.pid} was killed for one of {scopes} without a word"]
         full = self._happened("full disk", since - 2 * FULL_FOR, life.ended + 2 * FULL_FOR)
+        if not said and not (full and any((life.pid, s) in self._history.logged for s in scopes)):
+            return [f"process {life.pid} was killed for one of {scopes} without a word"]
         if not full and not any(statement.report for statement in said):
             return [f"process {life.pid} was killed for one of {scopes} without a report"]
         return []
@@ -149,9 +149,9 @@ class Checker:
         return [f"process {life.pid} was killed {earliest - life.ended:.3f} s within its grace"]
 
     def _with_its_parent(self, life: Life) -> bool:
-        """A child that was no worker yet dies with the worker that forked it."""
-        armed = life.quick > 0 or any(block.watched for block in life.blocks.values())
-        return not armed and any(
+        """A child that was no worker, or not yet one again, dies with the worker that forked it."""
+        is_worker = life.watched and life.executing == inf
+        return not is_worker and any(
             self.killed(parent) and abs(parent.ended - life.ended) <= _WITH_PARENT
             for parent in self._history.lives
             if life.pid in parent.forked
@@ -224,9 +224,9 @@ class Checker:
         return []
 
     def _repeated(self, life: Life, block: Block) -> list[str]:
-        """The end of a block is told once, by an event and by a report.
+        """A block's expiry and its end are told once, by an event and by a report.
 
-        That it has expired is told by each watcher that follows one that was lost meanwhile.
+        Only a watcher that follows one that was lost just then may tell it again.
         """
         namesakes = [
             other
@@ -238,12 +238,10 @@ class Checker:
             return []
         told = list(self._about(life, block))
         ends = [said for said in told if said.outcome != "expired"]
-        expired = [said.at for said in told if said.outcome == "expired"]
-        if expired and self._happened("watcher lost", min(expired), max(expired) + 1.0):
-            expired = []
         reports = sum(said.report for said in ends)
-        most = max(reports, len(ends) - reports, len(expired))
-        if most <= 1:
+        most = max(reports, len(ends) - reports, len(told) - len(ends))
+        times = [said.at for said in told]
+        if most <= 1 or self._happened("watcher lost", min(times), max(times) + 1.0):
             return []
         return [f"process {life.pid}: {block.scope} was told of {most} times"]
 

@@ -33,7 +33,7 @@ class Record:
         grace: seconds that it asks for between the first step to end it and SIGKILL.
         patience: seconds that may pass by that, each of two steps having it.
         pauses: whether the block is a pause.
-        watched: whether the worker was connected once it had entered.
+        watched: of ``entered`` and of ``quick``: whether the worker was connected by then.
         count: of ``quick``: how many blocks.
         pid, child: of ``start``, and whether another worker forked it; of ``forked``: a child
             that is a worker; of ``spawned``: one that is none.
@@ -49,7 +49,7 @@ class Record:
     grace: float = 0.0
     patience: float = 0.0
     pauses: bool = False
-    watched: bool = True
+    watched: bool = False
     count: int = 0
     pid: int = 0
     child: bool = False
@@ -164,6 +164,7 @@ class Life:
         status: how it ended, negative by a signal; None: by an exec, or unknown.
         by_us: whether the driver's injector killed it.
         quick: how many blocks came and went that are not in `blocks`.
+        watched: whether it ever was connected.
         finished: whether it came to its own end.
         problems: what it complained of.
         waited: children that it saw ending.
@@ -180,6 +181,7 @@ class Life:
     status: int | None = None
     by_us: bool = False
     quick: int = 0
+    watched: bool = False
     finished: bool = False
     problems: list[str] = field(default_factory=list)
     waited: list[Death] = field(default_factory=list)
@@ -240,11 +242,16 @@ class Statement:
 
 @dataclass(slots=True)
 class History:
-    """All that there is to judge."""
+    """All that there is to judge.
+
+    Attributes:
+        logged: of whose death for which scope the watcher's log tells.
+    """
 
     lives: list[Life] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     statements: list[Statement] = field(default_factory=list)
+    logged: list[tuple[int, str]] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
@@ -269,6 +276,7 @@ def life_of(lines: list[str]) -> Life | None:
 
 def _take(life: Life, record: Record) -> None:
     now = record.at
+    life.watched |= record.watched
     if record.do == "entering":
         life.blocks[record.block] = Block(
             record.scope,

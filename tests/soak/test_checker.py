@@ -26,7 +26,8 @@ def life(*records: tuple[float, str, dict[str, Any]], child: bool = False) -> Li
 def entered(at: float, limit: float = 1.0, **more: Any) -> list[tuple[float, str, dict[str, Any]]]:
     """Enter a block at once, watched."""
     fields = {"scope": "a", "limit": limit, **more}
-    return [(at, "entering", fields), (at, "entered", {"block": more.get("block", 1)})]
+    entered = {"block": more.get("block", 1), "watched": True}
+    return [(at, "entering", fields), (at, "entered", entered)]
 
 
 def dead(of: Life, at: float, status: int | None = -9, by_us: bool = False) -> Life:
@@ -189,7 +190,10 @@ def test_a_kill_without_a_report() -> None:
     hang = dead(life(*entered(10.0)), 11.1)
     (problem,) = problems(hang, said=REAPED, reported=[])
     assert "without a report" in problem
-    assert problems(hang, said=REAPED, reported=[], faults=[Fault(10.0, "full disk", 0.0)]) == []
+    full = [Fault(10.0, "full disk", 0.0)]
+    assert problems(hang, said=REAPED, reported=[], faults=full) == []
+    assert problems(hang, faults=full)
+    assert problems(hang, faults=full, logged=[(PID, "a")]) == [], "all of it stands in the log"
 
 
 def test_a_crash() -> None:
@@ -332,9 +336,11 @@ def test_a_child_that_armed_nothing_may_die_with_its_parent_and_a_worker_may_not
     armed.pid = PID + 1
     (problem,) = problems(parent, armed, said=REAPED)
     assert "never overdue" in problem
-    child.quick = 1
+    child.watched = True
     (problem,) = problems(parent, child, said=REAPED)
     assert "never overdue" in problem
+    child.executing = 11.0
+    assert problems(parent, child, said=REAPED) == [], "its new program was no worker yet"
 
 
 def test_a_block_of_the_program_before_an_exec_justifies_nothing() -> None:

@@ -81,7 +81,7 @@ class Traffic:
         for _ in range(count):
             with hangwatch.expires(LONG, "quick"):
                 pass
-        self.log.write("quick", count=count)
+        self.log.write("quick", count=count, watched=self._client.is_connected)
 
     def nest(self) -> None:
         """Blocks within blocks, of long and of short limits."""
