@@ -18,11 +18,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import pairwise
-from math import inf
 from pathlib import Path
 
 from rich.console import Console
@@ -35,7 +32,8 @@ from hangwatch.watcher.events import Event
 from soak import faults
 from soak.checker import Checker, summary
 from soak.faults import Injector
-from soak.history import Death, Fault, History, Life, Statement, life_of
+from soak.history import Death, Fault, History, Statement, life_of
+from soak.leaks import errors_in, held_by, left_below_us
 from support.namespaces import prefix
 from support.stepped_clock import SteppedClock
 from support.watchers import watcher_below
@@ -203,14 +201,7 @@ class Soak:
     # -- the end
 
     def _open_files(self) -> list[tuple[int, int, int]]:
-        """Return the descriptors, the memfds among them, and the threads of keeper and watcher."""
-        counts = []
-        for pid in (self._keeper, watcher_below(self._keeper) or self._keeper):
-            with contextlib.suppress(OSError):
-                links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
-                memfds = sum(link.startswith("/memfd:") for link in links)
-                counts.append((len(links), memfds, len(os.listdir(f"/proc/{pid}/task"))))
-        return counts
+        return held_by(self._keeper, watcher_below(self._keeper) or self._keeper)
 
     def _look_for_leaks(self, baseline: list[tuple[int, int, int]]) -> None:
         until = time.monotonic() + 20
@@ -227,15 +218,14 @@ class Soak:
         self._read_reports()
         # Reporters that have outlived their watcher, and whoever else is still to go.
         until = time.monotonic() + 10
-        while (left := _below_us()) and time.monotonic() < until:
+        while (left := left_below_us()) and time.monotonic() < until:
             self._wait_for_the_dead()
             time.sleep(0.05)
         if (self._folder / "sock").exists():
             history.leaks.append("the socket's file")
         for name in ("log", "workers.stderr"):
             text = (self._folder / name).read_text(errors="replace")
-            found = re.findall(r"^(?:Traceback|Fatal Python error)(?:.*\n)+?(?=\S)(.*)", text, re.M)
-            history.errors += [f"in {name}: {line}" for line in found]
+            history.errors += [f"in {name}: {line}" for line in errors_in(text)]
         told = re.findall(_KILLED, (self._folder / "log").read_text(errors="replace"), re.M)
         history.logged = [(int(pid), scope) for pid, scope in told]
         hostile = self.injector.hostile
@@ -243,7 +233,7 @@ class Soak:
         history.faults += self.injector.faults
         lives = [life_of(path.read_text().splitlines(True)) for path in self._logs.iterdir()]
         history.lives = [life for life in lives if life is not None]
-        self._bury()
+        bury(history.lives, self._deaths, self.injector.killed)
         orphans = {pid for life in history.lives if life.by_us for pid in life.spawned}
         for pid, name in left.items():
             # Whose worker we have killed ourselves is ours to end.
@@ -251,34 +241,6 @@ class Soak:
                 os.kill(pid, signal.SIGKILL)
             else:
                 history.leaks.append(f"process {pid} ({name})")
-
-    def _bury(self) -> None:
-        """Find each life's end: among the deaths that we saw, or a worker who forked it."""
-        by_pid: defaultdict[int, list[Life]] = defaultdict(list)
-        for life in sorted(self.history.lives, key=lambda life: life.started):
-            by_pid[life.pid].append(life)
-        deaths = [*self._deaths, *(death for life in self.history.lives for death in life.waited)]
-        # One that was logged may be seen again, if its parent was killed before it reaped it.
-        for death in sorted(deaths, key=lambda death: death.at):
-            lives = by_pid[death.pid]
-            before = [life for life in lives if life.started <= death.at and life.ended == inf]
-            for life, following in pairwise(before):
-                life.lived = life.ended = following.started
-            if before:
-                last = before[-1]
-                last.lived, last.ended = max(death.after, last.started), death.at
-                last.status = death.status
-                last.by_us = death.pid in self.injector.killed
-        for life in self.history.lives:
-            life.close()
-
-
-def _below_us() -> dict[int, str]:
-    found = {}
-    for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-        with contextlib.suppress(OSError):
-            found[int(pid)] = Path(f"/proc/{pid}/comm").read_text().strip()
-    return found
 
 
 def _small_disk(folder: Path) -> bool:

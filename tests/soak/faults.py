@@ -28,7 +28,7 @@ RARELY = (
     "incident.*=kill%0.002,incident.*=stop%0.0005,"
     "ladder.*=kill%0.003,ladder.*=stop%0.001,report.*=kill%0.003,"
     "handover.*=kill%0.001,handover.*=stop%0.0003,"
-    "evidence.gathering=sleep:60%0.03,evidence.gathering=kill%0.03"
+    "evidence.gathering=sleep:0.3%0.2,evidence.gathering=sleep:60%0.03,evidence.gathering=kill%0.03"
 )
 """The failpoints of a soak: at every step of the watcher, now and then."""
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
+from collections.abc import Set
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import inf
 from time import monotonic
 
@@ -342,3 +345,30 @@ def _give_back(life: Life, pause: Block) -> None:
             block.latest += pause.ended - max(pause.entering, block.entering)
         if block.earliest > pause.entered:
             block.earliest += max(0.0, pause.begun - max(pause.entered, block.entered))
+
+
+def bury(lives: list[Life], deaths: list[Death], by_us: Set[int]) -> None:
+    """Find each life's end: among the deaths that the driver saw, or a worker who forked it.
+
+    Args:
+        lives: all of them.
+        deaths: what the driver saw.
+        by_us: whom the injector killed.
+    """
+    by_pid: defaultdict[int, list[Life]] = defaultdict(list)
+    for life in sorted(lives, key=lambda life: life.started):
+        by_pid[life.pid].append(life)
+    seen = [*deaths, *(death for life in lives for death in life.waited)]
+    # One that was logged may be seen again, if its parent was killed before it reaped it.
+    for death in sorted(seen, key=lambda death: death.at):
+        before = [
+            life for life in by_pid[death.pid] if life.started <= death.at and life.ended == inf
+        ]
+        for life, following in pairwise(before):
+            life.lived = life.ended = following.started
+        if before:
+            last = before[-1]
+            last.lived, last.ended = max(death.after, last.started), death.at
+            last.status, last.by_us = death.status, death.pid in by_us
+    for life in lives:
+        life.close()

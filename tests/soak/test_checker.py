@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from soak.checker import WITHIN, Checker
-from soak.history import Fault, History, Life, Statement, life_of
+from soak.history import Death, Fault, History, Life, Statement, bury, life_of
 
 PID = 7
 
@@ -381,3 +381,15 @@ def test_a_line_that_a_kill_cut_short_does_not_count() -> None:
     assert made.blocks == {}
     assert made.ended == inf
     assert life_of([]) is None
+
+
+def test_each_life_has_its_own_end() -> None:
+    """Of one number: a program, the one that took its place, and a process that came later."""
+    before, after, later = (Life(PID, started) for started in (1.0, 2.0, 10.0))
+    parent = Life(PID + 1, 0.0, waited=[Death(4.0, 5.0, PID, -9)])
+    # The driver sees what the parent has seen, too, since it was killed before it reaped it.
+    seen = [Death(5.9, 6.0, PID, -9), Death(5.9, 6.0, PID + 1, -9), Death(11.0, 12.0, PID, 0)]
+    bury([later, after, before, parent], seen, {PID + 1})
+    ends = [(life.lived, life.ended, life.status) for life in (before, after, later)]
+    assert ends == [(2.0, 2.0, None), (4.0, 5.0, -9), (11.0, 12.0, 0)]
+    assert (parent.by_us, after.by_us) == (True, False)
