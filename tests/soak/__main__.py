@@ -32,7 +32,7 @@ from hangwatch.watcher.events import Event
 from soak import faults
 from soak.checker import Checker, summary
 from soak.faults import Injector
-from soak.history import Death, Fault, History, Statement, life_of
+from soak.history import Death, Fault, History, Statement, bury, life_of
 from soak.leaks import errors_in, held_by, left_below_us
 from support.namespaces import prefix
 from support.stepped_clock import SteppedClock
