@@ -100,6 +100,8 @@ class Checker:
             return [] if life.finished else [f"{who} ended with 0 in the middle of what it did"]
         if life.status not in _GENTLE:
             return [f"{who} ended with {life.status}"]
+        if self._with_its_parent(life):
+            return []
         race = _RACE + self._costs(life.ended - 1.0, life.ended)
         overdue = [
             block
@@ -108,8 +110,6 @@ class Checker:
         ]
         if any(block.on_expiry != "report" for block in overdue):
             return [*self._unexplained(life, overdue), *self._without_grace(life, overdue)]
-        if self._with_its_parent(life):
-            return []
         if overdue:
             return [f"{who} was killed for {overdue[0].scope}, to be reported only"]
         return [f"{who} was killed at {life.ended:.3f}, and was never overdue then"]

@@ -332,6 +332,9 @@ def test_a_child_that_armed_nothing_may_die_with_its_parent_and_a_worker_may_not
     assert problems(parent, child, said=REAPED) == []
     (problem,) = problems(child, said=[])
     assert "never overdue" in problem
+    unwatched = [(10.5, "entering", {"scope": "b", "limit": 0.1}), (10.5, "entered", {})]
+    child.blocks = life(*unwatched).blocks
+    assert problems(parent, child, said=REAPED) == [], "overdue, but no worker"
     armed = dead(life(*entered(10.95, 60.0), child=True), 11.2)
     armed.pid = PID + 1
     (problem,) = problems(parent, armed, said=REAPED)
