@@ -335,6 +335,7 @@ def test_a_child_that_armed_nothing_may_die_with_its_parent_and_a_worker_may_not
     unwatched = [(10.5, "entering", {"scope": "b", "limit": 0.1}), (10.5, "entered", {})]
     child.blocks = life(*unwatched).blocks
     assert problems(parent, child, said=REAPED) == [], "overdue, but no worker"
+    child.blocks = {}
     armed = dead(life(*entered(10.95, 60.0), child=True), 11.2)
     armed.pid = PID + 1
     (problem,) = problems(parent, armed, said=REAPED)
