@@ -69,6 +69,26 @@ def test_who_ends_in_the_grace_takes_its_descendants_along(
     assert len(watcher.reports()) == 1
 
 
+def test_a_successor_that_dies_before_it_has_done_it(
+    start_watcher: StartWatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The worker is dead, and the successor gets as far as the next one it takes over.
+    watcher = start(start_watcher, monkeypatch, "ladder.sent=kill@1,handover.visited=kill@1")
+    worker, child = asked(watcher, "sys.exit", "0")
+    other = watcher.python("-c", ASKED.replace("after=0.3", "after=60"), "recover")
+    assert other.stdout is not None
+    orphan = int(other.stdout.readline())
+    try:
+        assert worker.wait(20) == -signal.SIGKILL
+        wait_until(lambda: not is_alive(child), "its child is dead")
+        assert other.poll() is None
+    finally:
+        for process in (worker, other):
+            process.kill()
+            process.communicate()
+        os.kill(orphan, signal.SIGKILL)
+
+
 def test_who_recovered_keeps_its_descendants_when_it_ends_later(
     start_watcher: StartWatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:

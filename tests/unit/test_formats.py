@@ -273,6 +273,9 @@ def test_a_clock_that_was_set_back_makes_new_reports_no_old_ones(tmp_path: Path)
     now = time.time()
     for number in range(publish.KEPT):
         publish.publish(make_report(at=now + 3600 + number, pid=number), str(tmp_path))
+    for path in tmp_path.glob("*/report.json"):
+        later = now + 3600 + int(path.parent.name.rpartition("-")[2])
+        os.utime(path, (later, later))
     for number in range(3):
         publish.publish(make_report(at=now - 3 + number, pid=1000 + number), str(tmp_path))
     kept = sorted(int(entry.name.rpartition("-")[2]) for entry in tmp_path.iterdir())

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -47,7 +48,8 @@ def publish(report: Report, directory: str | None) -> None:
 
 def _keep(report: Report, directory: Path) -> Path:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    stamp = _stamp(datetime.fromtimestamp(report.case.at, UTC))
+    at = datetime.fromtimestamp(report.case.at, UTC)
+    stamp = at.strftime("%Y%m%dT%H%M%S.") + f"{at.microsecond // 1000:03d}Z"
     name = f"{stamp}-{slug(report.case.scope.name)}-{report.case.worker.pid}"
     draft = directory / f".{name}.{os.getpid()}"
     draft.mkdir(mode=0o700)
@@ -74,10 +76,6 @@ def _keep(report: Report, directory: Path) -> Path:
     return place
 
 
-def _stamp(at: datetime) -> str:
-    return at.strftime("%Y%m%dT%H%M%S.") + f"{at.microsecond // 1000:03d}Z"
-
-
 def slug(scope: str) -> str:
     """Turn a scope into part of a file name, its end kept."""
     return re.sub(r"[^A-Za-z0-9_.]+", "-", scope)[-40:].strip("-.") or "scope"
@@ -85,13 +83,15 @@ def slug(scope: str) -> str:
 
 def _prune(directory: Path) -> None:
     # Only what has our own kind of name and holds a report is ours to delete.
-    reports = [
-        entry.name
-        for entry in os.scandir(directory)
-        if _NAME.fullmatch(entry.name) and os.path.exists(f"{entry.path}/report.json")
-    ]
-    # What is dated later than now is older: the clock was set back since.
-    now = _stamp(datetime.now(UTC))
-    reports.sort(key=lambda name: (name[: len(now)] <= now, name))
-    for name in reports[:-KEPT]:
-        shutil.rmtree(directory / name, ignore_errors=True)
+    reports = []
+    now = time.time()
+    for entry in os.scandir(directory):
+        if _NAME.fullmatch(entry.name):
+            try:
+                written = os.stat(f"{entry.path}/report.json").st_mtime
+            except OSError:  # none, or removed just now
+                continue
+            # What was written later than now is older: the clock was set back since.
+            reports.append((written <= now, written, entry.path))
+    for _, _, path in sorted(reports)[:-KEPT]:
+        shutil.rmtree(path, ignore_errors=True)

@@ -101,20 +101,20 @@ class Watcher:
 
         It must be every page: tests/model/protocol.pml, SUCCESSOR_MISSES_A_PAGE.
         """
-        gone: list[HasLeft] = []
+        gone: dict[int, HasLeft] = {}
+        leavers: list[Watched] = []
         for number, entry in kept.items():
             try:
                 worker = take_over(number, entry)
             except HasLeft as left:
-                gone.append(left)
-                self.keeper.drop(number)
+                gone[number] = left
             except Exception:
                 _log.exception("a worker could not be taken over: it runs on unwatched")
                 self.keeper.drop(number)
             else:
                 failpoint("handover.taken")
                 if worker.left:
-                    self._await_end(worker)
+                    leavers.append(worker)
                     continue
                 self._watch(worker)
                 failpoint("handover.visited")
@@ -123,10 +123,15 @@ class Watcher:
                 else:
                     self._answer(worker)
             self.keeper.ping(len(self._workers))
-        for news in gone:
+        # By now it is known who is a worker, and so to be spared.
+        for worker in leavers:
+            self._await_end(worker)
+        for number, news in gone.items():
             if news.event is not None:
                 self._events.tell(news.event)
             self._carry_out(news.sentence, news.uid)
+            # Not before: until then a successor of ours needs it.
+            self.keeper.drop(number)
         self._reception.next_number = max(kept, default=0) + 1
         if self._successor:
             workers = len(self._workers)
@@ -253,9 +258,9 @@ class Watcher:
 
     def _let_go(self, worker: Watched) -> None:
         self._leavers.discard(worker)
-        self.keeper.drop(worker.number)
         if worker.identity.is_dead():
             self._carry_out(worker.sentence, worker.identity.uid)
+        self.keeper.drop(worker.number)
         worker.close()
 
     def _carry_out(self, sentence: Sentence | None, uid: int) -> None:
