@@ -93,6 +93,7 @@ class Soak:
         assert server.pid is not None
         assert server.address is not None
         self._keeper = server.pid
+        self._watcher = watcher_below(server.pid)
         self._environment = {**os.environ, **stepped, "HANGWATCH_ADDRESS": server.address}
         self.injector = Injector(
             self._rng,
@@ -129,10 +130,18 @@ class Soak:
             self._end_who_is_older_than(_OLD)
             self.injector.look_after()
             self._wait_for_the_dead()
+            self._look_at_the_watcher()
             self._read_reports()
             progress.update(playing, completed=min(now - began, self._seconds))
             time.sleep(0.01)
         self.injector.end()
+
+    def _look_at_the_watcher(self) -> None:
+        """Note that there is another one; one that is lost at once tells nobody of itself."""
+        watcher = watcher_below(self._keeper)
+        if watcher not in (None, self._watcher):
+            self._watcher = watcher
+            self.history.faults.append(Fault(time.monotonic(), "watcher lost", 0.0))
 
     def _feel_the_machine(self) -> None:
         """Note, in a thread of its own, when nobody ran."""
@@ -183,8 +192,6 @@ class Soak:
         if event["event"] in _OUTCOMES:
             statement = Statement(now, event["pid"], event["scope"], event["event"])
             self.history.statements.append(statement)
-        elif event["event"] == "restarted":
-            self.history.faults.append(Fault(now, "watcher lost", 0.0))
 
     def _read_reports(self) -> None:
         for path in self._reports.glob("[!.]*"):
