@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ import pytest
 import hangwatch
 from hangwatch.worker import expiration, roads
 from support.watchers import RunningWatcher, StartWatcher
+
+# A shell's background jobs ignore it, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long a draw takes says how busy the machine is, not how good the test is.
 hypothesis.settings.register_profile(

@@ -413,7 +413,7 @@ class TestTheLimitOfOpenFiles:
                 socket.send_fds(connection, [hello()], [page])
             answers = [wire.decode_reply(one.recv(4096)).reason for one in crowd]
             welcome = answers.count(None)
-            assert 3 <= welcome <= 8, answers
+            assert 3 <= welcome < 20, answers
             refusals = {reason for reason in answers if reason is not None}
             assert all(f"its limit of {limit} open files" in reason for reason in refusals)
             numbers = map(int, os.listdir(f"/proc/{served.pid}/fd"))

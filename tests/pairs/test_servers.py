@@ -130,13 +130,13 @@ class TestSignals:
         heard: list[str] = []
         pair = Pair("file", tmp_path, log_event=lambda name, request: heard.append(name))
         with running(pair):
-            assert exit_status(pair.worker(_overrun_a_little, pair.place, number)) == 0
+            assert exit_status(pair.worker(_overrun, pair.place, number, 2)) == 0
             wait_until(lambda: "timer expired" in heard, "the event")
         assert "kill worker process" not in heard
 
     def test_the_client_s_signal_comes_first(self, tmp_path: Path) -> None:
         with running(Pair("file", tmp_path)) as pair:
-            status = exit_status(pair.worker(_overrun_a_little, pair.place, signal.SIGTERM))
+            status = exit_status(pair.worker(_overrun, pair.place, signal.SIGTERM, 60))
             assert status == -signal.SIGTERM
 
     def test_who_leaves_the_block_on_its_signal_lives(self, tmp_path: Path) -> None:
@@ -148,9 +148,9 @@ class TestSignals:
             assert exit_status(pair.worker(ignore_sigterm, pair.place)) == KILLED
 
 
-def _overrun_a_little(path: str, number: int) -> None:
+def _overrun(path: str, number: int, seconds: float) -> None:
     with hangwatch.expires(0.3, "overrun", hangwatch.FileTimerClient(path, signal=number)):
-        time.sleep(2)
+        time.sleep(seconds)
 
 
 def _catch_the_signal(path: str) -> None:

@@ -80,10 +80,14 @@ def _check_hello(hello: wire.Hello) -> None:
         assert os.path.isabs(hello.error_file)
         assert len(hello.error_file.encode("utf-8", "surrogatepass")) < 4096
     encoded = wire.encode_hello(hello)
+    assert len(encoded) <= wire.MAX_BYTES
     again = wire.decode_hello(encoded)
-    assert again.labels == hello.labels
+    assert again.stacks == hello.stacks
     assert again.command == hello.command[: len(again.command)]
-    assert len(encoded) > wire.MAX_BYTES or again.stacks == hello.stacks
+    assert list(again.labels.items()) == list(hello.labels.items())[: len(again.labels)]
+    if again.labels != hello.labels:  # cut last of all
+        assert (again.command, again.error_file) == ([], None)
+        assert len(encoded) > wire.MAX_BYTES // 2
     case = Case(
         1e9,
         Worker(4242, 0, None, hello.labels, hello.command, hello.python),
