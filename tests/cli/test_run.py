@@ -194,7 +194,7 @@ def test_in_a_container_it_may_be_the_first_process(tmp_path: Path) -> None:
 
 
 def test_report_only(tmp_path: Path) -> None:
-    script = "import time, hangwatch\nwith hangwatch.expires(0.3, 'slow'): time.sleep(1)"
+    script = "import time, hangwatch\nwith hangwatch.expires(0.3, 'slow'): time.sleep(4)"
     result = run(
         *("--on-expiry", "report", "--report-dir", str(tmp_path / "r")),
         *("--", sys.executable, "-c", script),

@@ -148,7 +148,7 @@ def test_a_worker_that_is_only_reported_gets_none(
     start_watcher: StartWatcher, tmp_path: Path
 ) -> None:
     watcher = start_watcher(on_expiry="report")
-    script = "import time, hangwatch\nwith hangwatch.expires(0.3, 'slow'): time.sleep(1)"
+    script = "import time, hangwatch\nwith hangwatch.expires(0.3, 'slow'): time.sleep(4)"
     worker = start(watcher, script, tmp_path / "error.json")
     worker.communicate(timeout=30)
     assert watcher.report(pid=worker.pid)["outcome"] == "reported"

@@ -164,7 +164,7 @@ def test_report_only_dumps_others_of_a_still_process_but_not_of_a_busy_one(
         """
 import threading, time, hangwatch
 threading.Thread(target=time.sleep, args=(9,), daemon=True).start()
-with hangwatch.expires(0.3, "still"): time.sleep(1.5)
+with hangwatch.expires(0.3, "still"): time.sleep(4)
 """,
         status=0,
     )
@@ -173,7 +173,7 @@ with hangwatch.expires(0.3, "still"): time.sleep(1.5)
         """
 import threading, time, hangwatch
 threading.Thread(target=time.sleep, args=(9,), daemon=True).start()
-until = time.monotonic() + 1.5
+until = time.monotonic() + 4
 with hangwatch.expires(0.3, "busy"):
     while time.monotonic() < until: pass
 """,
@@ -193,7 +193,7 @@ def test_one_report_a_block_when_only_reporting(start_watcher: StartWatcher) -> 
         """
 import time, hangwatch
 for _ in range(2):
-    with hangwatch.expires(0.2, "slow"): time.sleep(1)
+    with hangwatch.expires(0.2, "slow"): time.sleep(4)
 """,
     )
     worker.communicate(timeout=30)

@@ -33,7 +33,7 @@ def test_hang_is_found_explained_and_ended(
     animal: Animal, watcher: RunningWatcher, neighbour: subprocess.Popen[str]
 ) -> None:
     report = meet(animal, watcher)
-    assert 0 <= report["scope"]["late_s"] < 2
+    assert 0 <= report["scope"]["late_s"] < 10
     assert report["scope"]["inside_s"] >= 0.4
     assert neighbour.poll() is None, "a healthy neighbour was hurt"
     assert not [one for one in watcher.reports() if one["worker"]["pid"] == neighbour.pid]
