@@ -60,6 +60,7 @@ NAMES = (
     "handover.ready",
     # In the helpers' own processes.
     "evidence.gathering",
+    "evidence.asking",
     "evidence.publishing",
     # What the kernel may not have.
     "kernel.peer-pidfd",

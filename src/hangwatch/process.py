@@ -88,11 +88,11 @@ class Identity:
             return f"failed: {error.strerror}"
         return "sent"
 
-    def is_theirs(self) -> bool:
+    def is_theirs(self) -> bool | None:
         """Tell whether the process still is of the user that it connected as.
 
         One that has run a program with the set-user-ID bit may be another's by now, and its
-        user must not have us signal it.
+        user must not have us signal it. None if the kernel won't say.
         """
         return may_signal(self.uid, self.pid)
 
@@ -105,8 +105,9 @@ class Identity:
         Returns:
             None if the kernel won't say.
         """
-        if not self.is_theirs():
-            return False
+        theirs = self.is_theirs()
+        if not theirs:
+            return theirs
         # A main thread that has exited has no descriptors to show; its others do.
         for task in (self.pid, native_id):
             try:
@@ -120,8 +121,11 @@ class Identity:
         return False if self.is_dead() or os.path.exists(f"/proc/{self.pid}") else None
 
 
-def may_signal(uid: int, pid: int) -> bool:
+def may_signal(uid: int, pid: int) -> bool | None:
     """Tell whether user `uid` may signal process `pid`; of our own user the kernel decides later.
+
+    Returns:
+        None if the kernel won't say; then it is not to be signalled, but may be the same.
 
     Source: kill(2), for a sender without capabilities.
     """
@@ -130,7 +134,9 @@ def may_signal(uid: int, pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as status:
             words = next(line.split() for line in status if line.startswith("Uid:"))
-    except (OSError, StopIteration):
+    except (FileNotFoundError, ProcessLookupError, StopIteration):
         return False
+    except OSError:
+        return None
     real, saved = int(words[1]), int(words[3])
     return uid in (real, saved)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from hangwatch import failpoints
 from support.namespaces import run_alone
 from support.watchers import RunningWatcher, StartWatcher
 
@@ -184,6 +185,26 @@ with hangwatch.expires(0.3, "busy"):
     assert len(still["threads"]) == 2 or "at work" in str(still["missing"])
     assert len(busy["threads"]) == 1
     assert any("dumping it is not safe" in reason for reason in busy["missing"])
+
+
+def test_who_becomes_another_program_when_it_is_asked_lives(
+    start_watcher: StartWatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block ends, and exec resets the handlers, between the last look and the request."""
+    with monkeypatch.context() as patch:
+        patch.setenv(failpoints.VARIABLE, "evidence.asking=sleep:1.5")
+        watcher = start_watcher(on_expiry="report")
+    worker = watcher.python(
+        "-c",
+        """
+import os, time, hangwatch
+with hangwatch.expires(0.3, "late"): time.sleep(1)
+os.execvp("sleep", ["sleep", "3"])
+""",
+    )
+    worker.communicate(timeout=30)
+    assert worker.returncode == 0
+    watcher.report(pid=worker.pid)
 
 
 def test_one_report_a_block_when_only_reporting(start_watcher: StartWatcher) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hangwatch import failpoints
@@ -35,6 +36,29 @@ while time.monotonic() < end:
     with hangwatch.expires(after=60, scope="healthy"):
         time.sleep(0.01)
 os._exit(7)
+"""
+
+
+# Its child connects, and has one itself, only when the parent was asked to end.
+PARENT = """
+import signal, subprocess, sys, time, hangwatch
+def asked(*_): child.stdin.write("go on\\n")
+signal.signal(signal.SIGTERM, asked)
+child = subprocess.Popen(
+    [sys.executable, "-c", sys.argv[1]],
+    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+)
+beside = subprocess.Popen(["sleep", "1000"])
+print(child.pid, child.stdout.readline().strip(), beside.pid, flush=True)
+with hangwatch.expires(after=0.5, scope="deaf"):
+    while True: time.sleep(0.1)
+"""
+CHILD = """
+import subprocess, sys, hangwatch
+below = subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL)
+print(below.pid, flush=True)
+sys.stdin.readline()
+with hangwatch.expires(after=600, scope="healthy"): sys.stdin.read(); below.wait()
 """
 
 
@@ -101,6 +125,65 @@ def test_who_recovered_keeps_its_descendants_when_it_ends_later(
         assert is_alive(child), "nothing was overdue any more"
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+def test_who_recovered_keeps_them_also_if_it_ends_while_that_is_reported(
+    start_watcher: StartWatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watcher = start(start_watcher, monkeypatch, "evidence.publishing=sleep:6", grace=1)
+    worker, child = asked(watcher, "recover")
+    try:
+        assert worker.wait(20) == 7
+        worker.communicate()
+        assert watcher.report(pid=worker.pid)["outcome"] == "recovered"
+        assert is_alive(child), "nothing was overdue any more"
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_descendant_that_became_a_worker_keeps_its_own(start_watcher: StartWatcher) -> None:
+    """It connects in the grace, when its parent's descendants have been found."""
+    watcher = start_watcher(grace=3)
+    worker = watcher.python("-c", PARENT, CHILD)
+    assert worker.stdout is not None
+    child, below, beside = map(int, worker.stdout.readline().split())
+    try:
+        assert worker.wait(20) == -signal.SIGKILL
+        wait_until(lambda: not is_alive(beside), "who is no worker's dies")
+        watcher.report(pid=worker.pid)
+        assert is_alive(child)
+        assert is_alive(below)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.kill(below, signal.SIGKILL)
+        worker.communicate()
+
+
+def test_a_reporter_that_is_killed_keeps_nobody_alive(
+    start_watcher: StartWatcher, capfd: pytest.CaptureFixture[str]
+) -> None:
+    watcher = start_watcher(grace=2)
+    worker = watcher.python(
+        "-c",
+        "import signal, time, hangwatch\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('asked', flush=True))\n"
+        "with hangwatch.expires(after=0.3, scope='deaf'):\n    while True: time.sleep(0.1)",
+    )
+    assert worker.stdout is not None
+    assert worker.stdout.readline() == "asked\n"
+    (reporter,) = (child.pid for child in psutil.Process(watcher.pid).children())
+    os.kill(reporter, signal.SIGINT)  # as a Ctrl-C does: only the worker's end ends it
+    os.kill(reporter, signal.SIGTERM)
+    time.sleep(0.2)
+    assert is_alive(reporter)
+    os.kill(reporter, signal.SIGKILL)
+    assert worker.wait(20) == -signal.SIGKILL
+    worker.communicate()
+    watcher.server.stop()
+    log = capfd.readouterr().err
+    assert "Traceback" not in log
+    assert f"worker {worker.pid} overran 'deaf'" in log
+    assert "could not be written" in log
 
 
 def test_who_is_overdue_still_is_reported_once(

@@ -3,7 +3,8 @@
 Dumping the threads of a healthy, running process can crash it (CPython issues 116008
 and 131580), and a signal that nobody catches kills. So nothing is asked without
 looking first: the block is still overdue, the signal is caught and not blocked, the
-descriptor is still the memfd that the worker registered.
+descriptor is still the memfd that the worker registered. And the first one, which comes to
+all who are late, is ignored by a program that has taken the worker's place just then.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from time import monotonic, sleep
 from hangwatch import linux
 from hangwatch.evidence import faulthandler_text, proc
 from hangwatch.evidence.model import Frame, ThreadStack
+from hangwatch.failpoints import failpoint
 from hangwatch.process import Identity
 from hangwatch.wire import StackChannel
 
@@ -120,6 +122,7 @@ def _dump(
         if not asked.is_overdue():
             return [], "the block ended meanwhile"
         os.ftruncate(memfd, 0)
+        failpoint("evidence.asking")
         try:
             linux.signal_thread(pid, tid, signal)
         except OSError as error:

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -116,15 +117,15 @@ class WatcherProcess:
 
     def _wait_ready(self, ready: socket.socket) -> None:
         ready.settimeout(0.05)
-        waited = 0.0
-        while waited < _READY_WITHIN:
+        until = time.monotonic() + _READY_WITHIN
+        while time.monotonic() < until:
             try:
                 message, sender, _, _ = ready.recvmsg(4096, socket.CMSG_SPACE(_CREDENTIALS.size))
                 # The name can be read in /proc/net/unix, and any user can send there.
                 if b"READY=1" in message and _is_of_our_user(sender):
                     return
             except TimeoutError:
-                waited += 0.05
+                pass
             status = self._process.poll()
             if status is not None:
                 self._close()

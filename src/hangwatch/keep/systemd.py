@@ -5,7 +5,6 @@ Source: sd_listen_fds(3), sd_notify(3), sd_watchdog_enabled(3).
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 from collections.abc import MutableMapping
@@ -71,17 +70,24 @@ class Notifier:
         news = [] if self._said else ["READY=1"]
         status = f"STATUS=watching {workers} workers"
         if status != self._said:
-            self._said = status
             news.append(status)
         if monotonic() >= self._next_ping:
             self._next_ping = monotonic() + self._ping_every
             news.append("WATCHDOG=1")
-        if news:
-            self.tell(*news)
+        # What did not get through, as others had filled its queue, is said again next time.
+        if news and self.tell(*news):
+            self._said = status
 
-    def tell(self, *news: str) -> None:
-        """Send lines such as ``READY=1``; never blocks, never fails."""
+    def tell(self, *news: str) -> bool:
+        """Send lines such as ``READY=1``, if anybody wants to know; never blocks, never fails.
+
+        Returns:
+            Whether that was said to whoever wants to know.
+        """
         if self._socket is not None:
             # A launcher that has gone is no reason to stop watching.
-            with contextlib.suppress(OSError):
+            try:
                 self._socket.sendto("\n".join(news).encode(), self._address)
+            except OSError:
+                return False
+        return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Set
+from collections.abc import Callable, Collection, Generator, Iterable, Set
 from dataclasses import dataclass
 from time import monotonic
 
@@ -61,28 +61,29 @@ def _snapshot() -> _Snapshot:
     return children, starts
 
 
-def descendants_of(pid: int, spare: Set[int]) -> list[Identity]:
+def descendants_of(pid: int, spare: Set[int], start_ticks: int | None = None) -> list[Identity]:
     """Hold every descendant of `pid` by a pidfd.
 
     Args:
         pid: the worker.
         spare: processes that are left alone, with all that is below them: watched workers
             and our own processes.
+        start_ticks: when the worker was started; its number may be another's by now.
 
     Returns:
-        The descendants, parents first; their pidfds are the caller's to close.
+        The descendants, parents first, up to a number; their pidfds are the caller's to close.
 
     Source: proc(5). The ppids of /proc/pid/stat, since /proc/pid/task/tid/children is
     not on every kernel. Reading stat takes no lock that a stuck process could hold.
     """
     children, starts = _snapshot()
-    found = []
-    below = [pid]
+    found: list[Identity] = []
+    below = [pid] if start_ticks in (None, starts.get(pid)) else []
     # The look takes a while: of two numbers that were given anew each can seem the other's child.
     seen = {pid, *spare}
     for parent in below:
         for child in children[parent]:
-            if child not in seen:
+            if child not in seen and len(found) < _MOST_DOOMED:
                 seen.add(child)
                 below.append(child)
                 held = _hold(child, starts[child])
@@ -104,9 +105,9 @@ class Tree:
             if held is not None:
                 self._held[pid] = held
 
-    def look(self, pid: int, spare: Set[int]) -> list[Doomed]:
+    def look(self, worker: Identity, spare: Set[int]) -> list[Doomed]:
         """Find those that there are now; return all that were found so far, up to a number."""
-        for found in descendants_of(pid, spare):
+        for found in descendants_of(worker.pid, spare, worker.start_ticks):
             known = self._held.get(found.pid)
             if known is not None and known.start_ticks == found.start_ticks:
                 os.close(found.pidfd)
@@ -123,9 +124,10 @@ class Tree:
 
         Args:
             uid: the worker's user, who must be theirs.
-            spare: processes that are left alone by now.
+            spare: processes that are left alone by now, with all that is below them.
             note: told what was done about each.
         """
+        spare = _with_those_below(self._held.keys() & spare)
         ending = [held for held in self._held.values() if held.pid not in spare]
         results = {held.pid: _kill(held, uid) for held in ending}
         sent = [held for held in ending if results[held.pid] == "sent"]
@@ -143,9 +145,10 @@ class Tree:
         self._held = {}
 
 
-def end_doomed(doomed: Iterable[Doomed], uid: int, spare: Set[int]) -> list[int]:
+def end_doomed(doomed: Collection[Doomed], uid: int, spare: Set[int]) -> list[int]:
     """Kill what was to die with a worker that is dead; return whom that hit."""
     hit = []
+    spare = _with_those_below({pid for pid, _ in doomed} & spare)
     for pid, start_ticks in doomed:
         held = None if pid in spare else _hold(pid, start_ticks)
         if held is not None:
@@ -153,6 +156,16 @@ def end_doomed(doomed: Iterable[Doomed], uid: int, spare: Set[int]) -> list[int]
                 hit.append(pid)
             os.close(held.pidfd)
     return hit
+
+
+def _with_those_below(pids: Iterable[int]) -> set[int]:
+    """Return who is to be spared together with some that have become workers meanwhile."""
+    below = list(pids)
+    if below:
+        children, _ = _snapshot()
+        for pid in below:
+            below.extend(child for child in children[pid] if child not in below)
+    return set(below)
 
 
 def _kill(held: Identity, uid: int) -> str:

@@ -114,8 +114,10 @@ def _run(
         if lives_with is not None:
             linux.die_with(lives_with)
         signal.set_wakeup_fd(-1)
+        # Sent to a whole group or cgroup, they end a watcher, which still brings to an end
+        # what it has begun. For that it needs us.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_IGN)
         linux.name_process("hw-evidence")
         _close_all_but({0, 1, 2, write_end, *keep})
         data = work() + b"\n"

@@ -12,6 +12,7 @@ import logging
 import pickle
 import signal
 from collections.abc import Generator
+from dataclasses import replace
 from math import inf
 from time import monotonic
 
@@ -36,6 +37,8 @@ _PAUSE_WITHIN = 1.0
 _LONGEST_BACK_OFF = 60.0
 # A worker under a debugger is looked at again so often, in seconds.
 _DEBUGGED_LOOK_AGAIN = 2.0
+# And one of whom an error of ours has kept us.
+_FAILED_LOOK_AGAIN = 1.0
 
 _log = logging.getLogger("hangwatch.watcher")
 
@@ -88,6 +91,7 @@ class Incident:
             self.over = self.told = True
         except BaseException:
             self.over = self.told = True
+            self.verdict.worker.judge_again(self.verdict.found, monotonic() + _FAILED_LOOK_AGAIN)
             raise
 
     def _run(self) -> Course:
@@ -108,6 +112,8 @@ class Incident:
                 outcome = Outcome.REPORTED
             else:
                 outcome = yield from self._act()
+                if outcome not in (Outcome.REAPED, Outcome.UNKILLABLE):
+                    self._acquit()
                 if self._paused:
                     # It is as overdue as before once the pause is over.
                     worker.judge_again(self.verdict.found, 0.0)
@@ -227,13 +233,19 @@ class Incident:
 
     def _inherit(self) -> Course:
         """Go on where a watcher that died has left off."""
-        worker, sentence = self.verdict.worker, self.verdict.worker.sentence
+        sentence = self.verdict.worker.sentence
         if sentence is not None:
             self._note(name_of(sentence.signal), BY_ANOTHER)
             self._tree.hold(sentence.doomed)
-            # Who has hung up is on its way out.
-            while worker.left and not worker.identity.is_dead() and monotonic() < sentence.until:
+            while self._may_be_on_its_way_out() and monotonic() < sentence.until:
                 yield min(sentence.until, monotonic() + 0.05)
+
+    def _may_be_on_its_way_out(self) -> bool:
+        worker = self.verdict.worker
+        if worker.identity.is_dead():
+            return False
+        # It hangs up, or leaves the block on a signal, before it is dead.
+        return worker.left or (self._signalled and not self._overdue())
 
     def _raise(self) -> Generator[float, None, Outcome | None]:
         """Have the worker raise `TimerExpired`; None if that has not ended the block."""
@@ -308,7 +320,7 @@ class Incident:
         worker = self.verdict.worker
         doomed = []
         if self._around.settings.tree:
-            doomed = self._tree.look(worker.identity.pid, self._around.spared(worker))
+            doomed = self._tree.look(worker.identity, self._around.spared(worker))
             failpoint("ladder.tree")
         yield from self._wait_out_pause()
         outcome = self._nothing_to_do()
@@ -341,6 +353,13 @@ class Incident:
         if reporter is not None:
             reporter.about_to_send(number, within)
 
+    def _acquit(self) -> None:
+        """Let nobody die with who has survived, should it end while its report is written."""
+        worker = self.verdict.worker
+        if worker.sentence is not None:
+            worker.sentence = replace(worker.sentence, doomed=())
+            self._around.keep_in_mind(worker)
+
     def _end_tree(self) -> Course:
         worker = self.verdict.worker
         yield from self._tree.end(worker.identity.uid, self._around.spared(worker), self._note)
@@ -371,9 +390,7 @@ class Incident:
             self._start_reporter()
         reporter = self._reporter
         if reporter is None:
-            report = self._report(outcome)
-            _log.warning("%s", headline(report), extra={"hangwatch": facts(report, None)})
-            self.told = True
+            self._log_headline(outcome)
             return
         self.publishing = True
         until = monotonic() + _PUBLISH_WITHIN
@@ -386,6 +403,15 @@ class Incident:
         self.publishing = False
         failpoint("report.out")
         reporter.helper.kill()
+        if reporter.helper.result is None:
+            self._log_headline(outcome)
+        self.told = True
+
+    def _log_headline(self, outcome: Outcome) -> None:
+        """Log what is known here, where no process could write the report."""
+        report = self._report(outcome)
+        text = f"{headline(report)}; its report could not be written"
+        _log.warning("%s", text, extra={"hangwatch": facts(report, None)})
         self.told = True
 
     def _report(self, outcome: Outcome) -> Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -92,7 +93,8 @@ class Reporter:
         For so long it waits for that, should the watcher die meanwhile; a successor that finds
         the worker alive and overdue ends it, see `Sentence`.
         """
-        os.write(self._outbox, b"%d %f\n" % (number, within))
+        with contextlib.suppress(OSError):  # it has ended, see `send_rest`
+            os.write(self._outbox, b"%d %f\n" % (number, within))
 
     def finish(self, outcome: Outcome, actions: list[Action]) -> None:
         """Tell it how the incident ended; then call `send_rest` until that is true."""
@@ -104,7 +106,7 @@ class Reporter:
             self._unsent = self._unsent[os.write(self._outbox, self._unsent) :]
         except BlockingIOError:
             pass
-        except OSError:  # it has ended, of what its own log tells
+        except OSError:  # it has ended; whoever waits for its result learns that
             self._unsent = b""
         if self._unsent:
             return False

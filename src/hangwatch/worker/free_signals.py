@@ -1,4 +1,4 @@
-"""Real-time signals that nobody in this process uses."""
+"""Signals that nobody in this process uses."""
 
 from __future__ import annotations
 
@@ -6,13 +6,24 @@ import signal
 
 # The top real-time signals, from the second highest down: the lowest belong to the C
 # library, the highest is the one that programs pick first.
-_CANDIDATES = range(signal.SIGRTMAX - 1, signal.SIGRTMIN + 2, -1)
+_REAL_TIME = range(signal.SIGRTMAX - 1, signal.SIGRTMIN + 2, -1)
+_HARMLESS = signal.SIGURG
+_CANDIDATES = (_HARMLESS, *_REAL_TIME)
 
 
 def free_signals() -> list[int]:
-    """Return the signals that this process neither catches nor ignores, the best first."""
+    """Return real-time signals that this process neither catches nor ignores, the best first."""
     taken = _caught_or_ignored()
-    return [number for number in _CANDIDATES if number not in taken]
+    return [number for number in _REAL_TIME if number not in taken]
+
+
+def harmless_signal() -> int | None:
+    """Return a signal that is ignored where nobody catches it, if this process doesn't use it.
+
+    What is sent to a program that another one replaces by exec at this very moment then does
+    no harm. Only SIGURG (socket(7)) is seldom enough sent by others. Source: signal(7).
+    """
+    return None if _HARMLESS in _caught_or_ignored() else int(_HARMLESS)
 
 
 def _caught_or_ignored() -> set[int]:
