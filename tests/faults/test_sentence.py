@@ -171,7 +171,9 @@ def test_a_reporter_that_is_killed_keeps_nobody_alive(
     )
     assert worker.stdout is not None
     assert worker.stdout.readline() == "asked\n"
-    (reporter,) = (child.pid for child in psutil.Process(watcher.pid).children())
+    helpers = psutil.Process(watcher.pid).children
+    wait_until(lambda: len(helpers()) == 1, "the others have been waited for")
+    reporter = helpers()[0].pid
     os.kill(reporter, signal.SIGINT)  # as a Ctrl-C does: only the worker's end ends it
     os.kill(reporter, signal.SIGTERM)
     time.sleep(0.2)
