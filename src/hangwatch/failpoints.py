@@ -58,6 +58,8 @@ NAMES = (
     "handover.taken",
     "handover.visited",
     "handover.ready",
+    # It has ended what was to end with a worker that is dead.
+    "sentence.carried-out",
     # In the helpers' own processes.
     "evidence.gathering",
     "evidence.asking",

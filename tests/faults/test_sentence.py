@@ -93,11 +93,12 @@ def test_who_ends_in_the_grace_takes_its_descendants_along(
     assert len(watcher.reports()) == 1
 
 
-def test_a_successor_that_dies_before_it_has_done_it(
-    start_watcher: StartWatcher, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("at", ["handover.visited=kill", "sentence.carried-out=kill"])
+def test_a_successor_that_dies_before_it_has_done_it_or_just_after(
+    start_watcher: StartWatcher, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     # The worker is dead, and the successor gets as far as the next one it takes over.
-    watcher = start(start_watcher, monkeypatch, "ladder.sent=kill@1,handover.visited=kill@1")
+    watcher = start(start_watcher, monkeypatch, f"ladder.sent=kill@1,{at}@1")
     worker, child = asked(watcher, "sys.exit", "0")
     other = watcher.python("-c", ASKED.replace("after=0.3", "after=60"), "recover")
     assert other.stdout is not None

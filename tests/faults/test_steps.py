@@ -117,19 +117,24 @@ with hangwatch.expires(0.3, "at last", on_expiry="reap", grace=0.0):
 """
 
 
+LONGER_STEPS = [
+    ("incident.reporter", "raise", 1.0, "raised"),
+    ("raise.asked", "raise", 1.0, "raised"),
+    ("report.finished", "raise", 1.0, "raised"),
+    ("error-file.written", "reap", 0.5, "reaped"),
+    ("ladder.announced", "reap", 0.5, "reaped"),
+    ("ladder.sent", "reap", 0.5, "reaped"),
+    ("ladder.confirmed", "reap", 0.5, "reaped"),
+    # The first time it is SIGTERM's, the second time SIGKILL's.
+    ("ladder.tree@2", "reap", 0.5, "reaped"),
+    ("ladder.looked@2", "reap", 0.5, "reaped"),
+    ("ladder.announced@2", "reap", 0.5, "reaped"),
+    ("ladder.sent@2", "reap", 0.5, "reaped"),
+]
+
+
 @pytest.mark.parametrize("fault", ["kill", "stop"])
-@pytest.mark.parametrize(
-    ("step", "how", "grace", "outcome"),
-    [
-        ("incident.reporter", "raise", 1.0, "raised"),
-        ("raise.asked", "raise", 1.0, "raised"),
-        ("report.finished", "raise", 1.0, "raised"),
-        ("error-file.written", "reap", 0.5, "reaped"),
-        ("ladder.announced", "reap", 0.5, "reaped"),
-        ("ladder.sent", "reap", 0.5, "reaped"),
-        ("ladder.confirmed", "reap", 0.5, "reaped"),
-    ],
-)
+@pytest.mark.parametrize(("step", "how", "grace", "outcome"), LONGER_STEPS)
 def test_the_watcher_at_a_step_of_a_longer_ladder(
     start_watcher: StartWatcher,
     monkeypatch: pytest.MonkeyPatch,
@@ -140,7 +145,8 @@ def test_the_watcher_at_a_step_of_a_longer_ladder(
     grace: float,
     outcome: str,
 ) -> None:
-    watcher = start(start_watcher, monkeypatch, f"{step}={fault}@1")
+    name, _, nth = step.partition("@")
+    watcher = start(start_watcher, monkeypatch, f"{name}={fault}@{nth or 1}")
     before, first = open_files(watcher.keeper_pid), watcher.pid
     healthy = watcher.python("-c", HEALTHY, stdin=subprocess.PIPE)
     environment = watcher.environment(TORCHELASTIC_ERROR_FILE=str(tmp_path / "error.json"))
@@ -168,6 +174,15 @@ def test_every_step_has_its_failpoint() -> None:
     source = Path(failpoints.__file__).parent
     text = "".join(path.read_text() for path in source.rglob("*.py"))
     assert set(re.findall(r'failpoint\("(.*)"\)', text)) == set(failpoints.NAMES)
+
+
+def test_every_failpoint_of_the_watcher_is_reached_by_a_test() -> None:
+    longer = [step.partition("@")[0] for step, *_ in LONGER_STEPS]
+    others = [name for name in failpoints.NAMES if name.startswith(("evidence.", "kernel."))]
+    others.append("sentence.carried-out")
+    assert {*STEPS, *longer, *others} == set(failpoints.NAMES)
+    tests = "".join(path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py"))
+    assert [name for name in others if f"{name}=" not in tests] == []
 
 
 @pytest.mark.parametrize(

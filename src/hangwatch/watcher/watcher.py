@@ -130,6 +130,7 @@ class Watcher:
             if news.event is not None:
                 self._events.tell(news.event)
             self._carry_out(news.sentence, news.uid)
+            failpoint("sentence.carried-out")
             # Not before: until then a successor of ours needs it.
             self.keeper.drop(number)
         self._reception.next_number = max(kept, default=0) + 1
