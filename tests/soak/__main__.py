@@ -31,7 +31,7 @@ from hangwatch.failpoints import VARIABLE
 from hangwatch.watcher.events import Event
 from soak import faults
 from soak.checker import Checker, summary
-from soak.faults import Injector
+from soak.faults import BELL, BUSY, Injector
 from soak.history import Death, Fault, History, Statement, bury, life_of
 from soak.leaks import errors_in, held_by, left_below_us
 from support.namespaces import prefix
@@ -74,6 +74,7 @@ class Soak:
         self._looked = time.monotonic()
         self._reports_read: set[str] = set()
         self._logs.mkdir()
+        (folder / "errors").mkdir()
         self._reports.mkdir(mode=0o700)
         self._errors = os.open(folder / "workers.stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
@@ -155,10 +156,14 @@ class Soak:
     def _start_worker(self) -> None:
         seed = str(self._rng.randrange(2**32))
         arguments = [sys.executable, "-m", "soak.traffic", str(self._logs), seed, str(ACTS)]
+        environment = self._environment
+        if self._rng.random() < 1 / 3:
+            error_file = str(self._folder / "errors" / f"{seed}.json")
+            environment = {**environment, "TORCHELASTIC_ERROR_FILE": error_file}
         pid = os.posix_spawn(
             sys.executable,
             arguments,
-            self._environment,
+            environment,
             file_actions=[(os.POSIX_SPAWN_DUP2, self._errors, 2)],
         )
         self._workers[pid] = time.monotonic()
@@ -236,6 +241,13 @@ class Soak:
         told = re.findall(_KILLED, (self._folder / "log").read_text(errors="replace"), re.M)
         history.logged = [(int(pid), scope) for pid, scope in told]
         hostile = self.injector.hostile
+        history.errors += [f"not inflicted: {fault}" for fault in self.injector.left_out]
+        # They do nothing that anybody should be killed for.
+        history.bystanders = [
+            (hostile[death.pid], death.status)
+            for death in self._deaths
+            if hostile.get(death.pid) in (BUSY, BELL)
+        ]
         history.statements[:] = [said for said in history.statements if said.pid not in hostile]
         history.faults += self.injector.faults
         lives = [life_of(path.read_text().splitlines(True)) for path in self._logs.iterdir()]

@@ -21,13 +21,19 @@ from support.watchers import watcher_below
 # They run for 2.5 s, and whoever they kept from running has something to catch up on.
 WHILE_BUSY = 4.0
 FULL_FOR = 2.0
+BUSY, BELL = "8 busy processes", "rings for ever"
 
 RARELY = (
     "handshake.*=kill%0.002,handshake.*=stop%0.0005,"
     "visit.*=kill%0.0001,visit.*=stop%0.00003,"
     "incident.*=kill%0.002,incident.*=stop%0.0005,"
-    "ladder.*=kill%0.003,ladder.*=stop%0.001,report.*=kill%0.003,"
+    "ladder.*=kill%0.003,ladder.*=stop%0.001,"
+    "raise.asked=kill%0.01,raise.asked=stop%0.003,"
+    "error-file.written=kill%0.01,error-file.written=stop%0.003,"
+    "sentence.carried-out=kill%0.05,sentence.carried-out=stop%0.01,"
+    "report.*=kill%0.003,report.*=stop%0.001,"
     "handover.*=kill%0.001,handover.*=stop%0.0003,"
+    "evidence.asking=sleep:0.1%0.1,kernel.peer-pidfd=fail:ENODATA%0.05,"
     "evidence.gathering=sleep:0.3%0.2,evidence.gathering=sleep:60%0.03,evidence.gathering=kill%0.03"
 )
 """The failpoints of a soak: at every step of the watcher, now and then."""
@@ -96,7 +102,8 @@ class Injector:
     ) -> None:
         self.faults: list[Fault] = []
         self.killed: set[int] = set()
-        self.hostile: set[int] = set()
+        self.hostile: dict[int, str] = {}
+        self.left_out: list[str] = []
         self._rng = rng
         self._keeper = keeper
         self._address = address
@@ -119,8 +126,12 @@ class Injector:
         }
         if reports is not None:
             self._kinds[self._full_disk] = 0.5
+        else:
+            self.left_out.append("full disk: that takes a user namespace or root")
         if clock is not None:
             self._kinds[self._step_clock] = 2
+        else:
+            self.left_out.append("wall clock stepped: that takes libfaketime")
 
     def inflict(self) -> None:
         """Inflict one fault."""
@@ -209,20 +220,20 @@ class Injector:
     def _start(self, kind: str, script: str, *arguments: str) -> None:
         program = [sys.executable, "-c", script, *arguments]
         pid = os.posix_spawn(sys.executable, program, os.environ)
-        self.hostile.add(pid)
+        self.hostile[pid] = kind
         self.note(kind, pid=pid)
 
     def _garbage(self) -> None:
         self._start("garbage in a page", _GARBAGE, self._address)
 
     def _bell(self) -> None:
-        self._start("rings for ever", _BELL, self._address)
+        self._start(BELL, _BELL, self._address)
 
     def _busy(self) -> None:
         for _ in range(8):
             pid = os.posix_spawn(sys.executable, [sys.executable, "-c", _BUSY], os.environ)
-            self.hostile.add(pid)
-        self.note("8 busy processes", WHILE_BUSY)
+            self.hostile[pid] = BUSY
+        self.note(BUSY, WHILE_BUSY)
 
     def _few_descriptors(self) -> None:
         """Leave no room for newcomers, and those inside what they have."""

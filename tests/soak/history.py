@@ -227,10 +227,6 @@ class Fault:
     costs: float
     pid: int = 0
 
-    def overlap(self, since: float, until: float) -> float:
-        """Return for how much of that time it held them up."""
-        return max(0.0, min(self.at + self.costs, until) - max(self.at, since))
-
 
 @dataclass(frozen=True, slots=True)
 class Statement:
@@ -249,12 +245,14 @@ class History:
 
     Attributes:
         logged: of whose death for which scope the watcher's log tells.
+        bystanders: processes that never overran anything: what they did, and their status.
     """
 
     lives: list[Life] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     statements: list[Statement] = field(default_factory=list)
     logged: list[tuple[int, str]] = field(default_factory=list)
+    bystanders: list[tuple[str, int]] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 

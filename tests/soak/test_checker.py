@@ -57,6 +57,31 @@ def test_a_hang_that_is_killed_and_explained_is_as_it_should_be() -> None:
     assert problems(dead(life(*entered(10.0)), 11.1), said=REAPED) == []
 
 
+def test_a_bystander_that_is_killed() -> None:
+    (problem,) = problems(bystanders=[("rings", 0), ("is busy", -9)])
+    assert problem == "a bystander, is busy, was killed: it ended with -9"
+
+
+@pytest.mark.parametrize("late", [0.5, 3.0])
+def test_kills_that_are_late_as_a_rule(late: float) -> None:
+    lives = [dead(life(*entered(100.0 * n, scope=str(n))), 100 * n + 1 + late) for n in range(30)]
+    said = [(100 * n + 1 + late, str(n), "reaped") for n in range(30)]
+    assert (
+        problems(*lives, said=said)
+        == ["half of the blocks were ended more than 1 s late"][: late > 2]
+    )
+
+
+def test_faults_at_the_same_time_cost_no_more_than_that() -> None:
+    hang, late = life(*entered(10.0)), 11.0 + WITHIN + 5.0
+    said = [(late, "a", "reaped"), (12.0, "a", "expired")]
+    beside = [Fault(12.0, "machine stood still", 3.0), Fault(13.0, "8 busy processes", 3.0)]
+    (problem,) = problems(dead(hang, late), said=said, faults=beside)
+    assert "late, bound 19.0 s" in problem
+    after = [*beside, Fault(20.0, "machine stood still", 2.0)]
+    assert problems(dead(hang, late), said=said, faults=after) == []
+
+
 def test_who_leaves_in_time_and_ends_well_is_as_it_should_be() -> None:
     well = life(*entered(10.0), (10.5, "leaving", {}), (10.5, "left", {}), (12.0, "end", {}))
     assert problems(dead(well, 13.0, 0)) == []
