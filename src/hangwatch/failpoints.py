@@ -67,6 +67,7 @@ NAMES = (
     # What the kernel may not have.
     "kernel.peer-pidfd",
     "kernel.acl",
+    "kernel.pass-rights",
 )
 
 _RULE = re.compile(

@@ -9,19 +9,22 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import hangwatch
+from hangwatch import failpoints
 from hangwatch.worker.labels import labels_from
 from support.raw_worker import answer, connect, hello, memfd
-from support.watchers import RunningWatcher, wait_until
+from support.watchers import RunningWatcher, StartWatcher, wait_until
 
 SOURCE = Path(hangwatch.__file__).parent
 # Bytes that a helper of the watcher, a fork of it, has sent to it.
@@ -235,3 +238,64 @@ def test_labels_come_from_a_list() -> None:
         "run_id",
         "restart_count",
     }
+
+
+SENDS_WHAT_TAKES_LONG_TO_CLOSE = """
+import contextlib, os, socket, struct, sys
+from support.raw_worker import connect, hello, memfd
+sink = socket.create_connection(("127.0.0.1", int(sys.argv[2])))
+sink.setblocking(False)
+with contextlib.suppress(BlockingIOError):
+    while True: sink.send(bytes(65536))
+sink.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
+with connect(sys.argv[1]) as worker:
+    socket.send_fds(worker, [hello()], [memfd()])
+    worker.recv(4096)
+    print("in", flush=True)
+    sys.stdin.readline()
+    for _ in range(64): worker.send(b"!")
+    try: socket.send_fds(worker, [b"!"], [sink.fileno()])
+    except PermissionError: print("refused")
+    sys.stdout.flush()
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("kernel", ["this", "before Linux 6.16"])
+def test_descriptors_that_take_long_to_close_hold_up_no_keeper(
+    start_watcher: StartWatcher, monkeypatch: pytest.MonkeyPatch, kernel: str
+) -> None:
+    """They stand unread in the socket of who has ended; the last to close it closes them."""
+    with monkeypatch.context() as patch:
+        if kernel != "this":
+            patch.setenv(failpoints.VARIABLE, "kernel.pass-rights=fail:ENOPROTOOPT")
+        watcher = start_watcher()
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
+        worker = watcher.python(
+            *("-c", SENDS_WHAT_TAKES_LONG_TO_CLOSE),
+            *(watcher.address, str(listener.getsockname()[1])),
+            stdin=subprocess.PIPE,
+            env=watcher.environment(PYTHONPATH=str(Path(__file__).parents[1])),
+        )
+        listener.settimeout(20)
+        stack.enter_context(listener.accept()[0])
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "in\n"
+        os.kill(watcher.pid, signal.SIGSTOP)
+        out, _ = worker.communicate("go on\n", timeout=20)
+        os.kill(watcher.pid, signal.SIGCONT)
+        assert out in ("", "refused\n") if kernel == "this" else out == ""
+        page = memfd()
+        stack.callback(os.close, page)
+        answers: list[str | None] = []
+
+        def is_welcome() -> bool:
+            with contextlib.suppress(OSError):  # a watcher that is being replaced
+                answers.append(answer(watcher.address, hello(), [page]))
+                return answers[-1] is None
+            return False
+
+        for _ in range(10):
+            wait_until(is_welcome, "a newcomer is served")
+            time.sleep(0.3)
+    assert set(answers) == {None}

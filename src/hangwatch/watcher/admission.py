@@ -12,7 +12,7 @@ from time import monotonic
 from hangwatch import wire
 from hangwatch.errors import PageError, ProtocolError
 from hangwatch.process import Identity, may_signal
-from hangwatch.watcher.identity import credentials_of, identify
+from hangwatch.watcher.identity import credentials_of, identify, refuse_descriptors
 from hangwatch.watcher.page_reader import PageReader
 from hangwatch.watcher.watched import Watched
 
@@ -42,6 +42,7 @@ def admit(connection: socket.socket, allowed_uids: frozenset[int]) -> tuple[Watc
         identity = identify(connection)
         try:
             worker = _take_in(connection, identity, wire.decode_hello(message), descriptors)
+            refuse_descriptors(connection)
             return worker, descriptors.pop(0)
         except BaseException:
             os.close(identity.pidfd)
@@ -64,8 +65,8 @@ def _check_user(connection: socket.socket, allowed_uids: frozenset[int]) -> None
     pid, uid = credentials_of(connection)
     if pid <= 0 or uid in allowed_uids:  # of pid 0 `identify` says more
         return
-    # A stranger's hello is read, see `admit`, but its descriptors never become ours: what
-    # closing one does is up to who made it.
+    # A stranger's hello is read, see `admit`. Its descriptors get no numbers here; the kernel
+    # closes them, and should that take long the keeper replaces us.
     connection.recv(1, socket.MSG_DONTWAIT)
     ours = os.geteuid()
     way = "start it with" if ours == 0 else "start one as root with"

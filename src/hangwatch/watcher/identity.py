@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import select
@@ -13,6 +14,8 @@ from hangwatch.failpoints import failpoint
 from hangwatch.process import Identity, read_stat
 
 _SO_PEERPIDFD = 77  # linux/socket.h, Linux 6.5
+_SO_PASSRIGHTS = 83  # Linux 6.16
+_MOST_UNREAD = 4096
 _ENDED = "it ended while it connected"
 
 
@@ -50,6 +53,30 @@ def has_hung_up(connection: socket.socket) -> bool:
     poll = select.poll()
     poll.register(connection, select.POLLRDHUP)
     return bool(poll.poll(0))
+
+
+def refuse_descriptors(connection: socket.socket) -> None:
+    """Have the kernel take no more descriptors for us from a peer, if it can.
+
+    What closing one does, and how long that takes, is up to who made it.
+
+    Source: unix(7) on SCM_RIGHTS; unix_may_passrights() in linux/net/unix/af_unix.c.
+    """
+    with contextlib.suppress(OSError):
+        failpoint("kernel.pass-rights")
+        connection.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+
+
+def read_out(connection: socket.socket) -> None:
+    """Read what a peer that has left had still sent.
+
+    Whoever closes a socket last closes the descriptors of what is unread there. That shall be
+    us, whom the keeper replaces should it take for ever, not the keeper.
+    """
+    with contextlib.suppress(OSError):
+        for _ in range(_MOST_UNREAD):
+            if not connection.recv(1, socket.MSG_DONTWAIT):
+                break
 
 
 @functools.cache

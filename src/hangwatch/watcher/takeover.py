@@ -20,7 +20,13 @@ from hangwatch.handover import Kept, close_all
 from hangwatch.process import Identity
 from hangwatch.watcher.descendants import Sentence
 from hangwatch.watcher.events import Event
-from hangwatch.watcher.identity import credentials_of, has_hung_up, identify, kernel_gives_pidfds
+from hangwatch.watcher.identity import (
+    credentials_of,
+    has_hung_up,
+    identify,
+    kernel_gives_pidfds,
+    read_out,
+)
 from hangwatch.watcher.page_reader import Armed, PageReader
 from hangwatch.watcher.watched import Watched
 
@@ -115,6 +121,7 @@ def take_over(number: int, kept: Kept) -> Watched:
         on_its_way = sentence is None and has_hung_up(connection)
         if identity is None or identity.is_dead() or on_its_way:
             pid, uid = credentials_of(connection)
+            read_out(connection)
             raise HasLeft(pid, uid, hello.labels, state["left"], sentence)
         return Watched(
             connection=connection,

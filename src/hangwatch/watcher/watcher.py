@@ -25,7 +25,7 @@ from hangwatch.watcher.descendants import Sentence, end_doomed
 from hangwatch.watcher.events import Events
 from hangwatch.watcher.fair_clock import FairClock
 from hangwatch.watcher.helper import Helper
-from hangwatch.watcher.identity import has_hung_up
+from hangwatch.watcher.identity import has_hung_up, read_out
 from hangwatch.watcher.incident import Incident
 from hangwatch.watcher.keeper_link import PING_EVERY, KeeperLink
 from hangwatch.watcher.loop import READABLE, Loop, guarded
@@ -261,6 +261,7 @@ class Watcher:
         self._leavers.discard(worker)
         if worker.identity.is_dead():
             self._carry_out(worker.sentence, worker.identity.uid)
+        read_out(worker.connection)
         self.keeper.drop(worker.number)
         worker.close()
 
