@@ -410,25 +410,28 @@ os._exit(0)
 '''
 # It has said hello, and is no more when that is heard, its block overdue.
 SAYS_HELLO = '''
-import os, socket, sys, hangwatch
+import ctypes, os, socket, sys, time, hangwatch
 from hangwatch.worker.client import client_at
 from support.raw_worker import connect, hello
 os.environ["HANGWATCH_ADDRESS"] = "/nowhere"
 hangwatch.expires(0.01, 'is no more').__enter__()
 page = client_at("/nowhere").page.descriptor.number
-socket.send_fds(connect(sys.argv[1]), [hello(page_fd=page)], [page])
+connection = connect(sys.argv[1])
+socket.send_fds(connection, [hello(page_fd=page)], [page])
+if 'and leaves' in sys.argv and ctypes.CDLL(None).fork() == 0:
+    time.sleep(3)
 os._exit(0)
 '''
 hit = 0
 os.environ["PYTHONPATH"] = ":".join(sys.path)
-expired = []
+reaped = []
 def heard(event):
-    if event["event"] == "expired": expired.append(event["scope"])
+    if event["event"] == "reaped": reaped.append(event["scope"])
 with hangwatch.serve(report_dir=None, grace=0.2, on_event=heard) as server:
     for number in range(6):
         next_pid(500)
-        script = LEAVES if number % 2 else SAYS_HELLO
-        worker = subprocess.Popen([sys.executable, "-c", script, server.address])
+        script, how = ((LEAVES, ""), (SAYS_HELLO, ""), (SAYS_HELLO, "and leaves"))[number % 3]
+        worker = subprocess.Popen([sys.executable, "-c", script, server.address, how])
         assert worker.pid == 500
         worker.wait()
         next_pid(500)
@@ -438,7 +441,7 @@ with hangwatch.serve(report_dir=None, grace=0.2, on_event=heard) as server:
         hit += other.poll() is not None
         other.kill(); other.wait()
     assert hang() in (-signal.SIGTERM, -signal.SIGKILL)
-print(hit, expired)
+print(hit, reaped)
 """
     )
-    assert out == "0 ['hangs']\n", "and none of the others is told of, neither"
+    assert out == "0 ['hangs']\n"
