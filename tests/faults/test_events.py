@@ -17,6 +17,7 @@ import pytest
 import hangwatch
 from hangwatch.evidence.model import Case, Evidence, Outcome, Report, Scope, ScopeThread, Worker
 from hangwatch.evidence.publish import publish
+from support.raw_worker import answer, hello, memfd
 from support.watchers import RunningWatcher, wait_until, watcher_below
 
 HANG = """
@@ -108,6 +109,7 @@ def test_who_left_while_nobody_watched(heard: Heard) -> None:
 
 
 def test_a_watcher_that_did_not_run(heard: Heard) -> None:
+    assert answer(heard.watcher.address, hello(), [memfd()]) is None, "it runs"
     watcher, keeper = heard.watcher.pid, heard.watcher.keeper_pid
     # Both, or the keeper would replace it.
     os.kill(keeper, signal.SIGSTOP)

@@ -445,3 +445,38 @@ print(hit, reaped)
 """
     )
     assert out == "0 ['hangs']\n"
+
+
+def test_a_recycled_descendant_is_never_killed() -> None:
+    """What a watcher that died had found below a worker has ended since, and its number is new."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may choose the next process id")
+    faults = "ladder.sent=kill@1,handover.forked=sleep:1.5@2"
+    out = in_a_small_world(
+        f"os.environ['HANGWATCH_FAILPOINTS'] = {faults!r}\n"
+        + """
+ASKED = '''
+import os, signal, subprocess, sys, time, hangwatch
+signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
+for _ in range(2):
+    print(subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL).pid, flush=True)
+with hangwatch.expires(0.3, 'hangs'):
+    time.sleep(1000)
+'''
+with hangwatch.serve(report_dir=None, grace=2) as server:
+    worker = subprocess.Popen([sys.executable, "-c", ASKED], stdout=subprocess.PIPE, text=True)
+    first, second = int(worker.stdout.readline()), int(worker.stdout.readline())
+    assert worker.wait() == 7
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)  # which is the first process's of a pid namespace, ours
+    with open("/proc/sys/kernel/ns_last_pid", "w") as last: last.write(str(first - 1))
+    other = subprocess.Popen(["sleep", "1000"])
+    assert other.pid == first
+    assert os.waitpid(second, os.WNOHANG) == (0, 0), "so far nobody carries it out"
+    killed = os.waitstatus_to_exitcode(os.waitpid(second, 0)[1])
+    time.sleep(0.5)
+    print(killed, other.poll())
+    other.kill(); other.wait()
+"""
+    )
+    assert out == "-9 None\n"
