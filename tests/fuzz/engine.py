@@ -40,7 +40,7 @@ def guided(name: str, seconds: float, seed: int, scratch: Path) -> None:
         rng = random.Random(chosen)
         if rng.random() < 0.5:
             return bytes(atheris.Mutate(data, most))
-        return mutate(data, rng, target.tokens)[:most]
+        return mutate(data, rng, target.tokens, most)
 
     atheris.Setup(
         [
@@ -77,7 +77,7 @@ def blind(name: str, seconds: float, seed: int) -> int:
     until, count = time.monotonic() + seconds, 0
     while time.monotonic() < until:
         count += 1
-        data = mutate(rng.choice(seeds), rng, target.tokens)[: target.most]
+        data = mutate(rng.choice(seeds), rng, target.tokens, target.most)
         if count % 1000 == 0:
             print(f"#{count}", flush=True)
         try:

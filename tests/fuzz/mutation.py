@@ -37,10 +37,10 @@ _QUOTED = re.compile(rb'"(NOW|PARENT)"')
 Way = Callable[[bytes, random.Random, Sequence[bytes]], bytes]
 
 
-def mutate(data: bytes, rng: random.Random, tokens: Sequence[bytes]) -> bytes:
-    """Return `data` with some changes, made of `tokens` among other things."""
+def mutate(data: bytes, rng: random.Random, tokens: Sequence[bytes], most: int) -> bytes:
+    """Return `data` with some changes, made of `tokens` too, up to `most` bytes."""
     for _ in range(1 << rng.randrange(4)):
-        data = rng.choice(_WAYS)(data, rng, tokens)
+        data = rng.choice(_WAYS)(data, rng, tokens)[:most]  # which repetitions would outgrow
     return data
 
 
