@@ -269,6 +269,21 @@ def test_reports_are_private_whole_and_the_newest_are_kept(tmp_path: Path) -> No
     json.loads((newest / "report.json").read_text())
 
 
+def test_the_draft_of_a_helper_that_was_killed_is_removed_in_the_end(tmp_path: Path) -> None:
+    for name in ("killed", "at-work"):
+        publish.publish(make_report(scope=name), str(tmp_path))
+    killed, at_work = (next(tmp_path.glob(f"*-{name}-*")) for name in ("killed", "at-work"))
+    killed = killed.rename(tmp_path / f".{killed.name}.4711")
+    at_work = at_work.rename(tmp_path / f".{at_work.name}.4712")
+    os.utime(killed, (time.time() - 7200,) * 2)
+    (tmp_path / ".mine").mkdir()
+    os.utime(tmp_path / ".mine", (0, 0))
+    publish.publish(make_report(), str(tmp_path))
+    assert not killed.exists()
+    assert at_work.exists()
+    assert (tmp_path / ".mine").exists()
+
+
 def test_a_clock_that_was_set_back_makes_new_reports_no_old_ones(tmp_path: Path) -> None:
     now = time.time()
     for number in range(publish.KEPT):

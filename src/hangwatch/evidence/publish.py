@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -17,6 +18,8 @@ from hangwatch.failpoints import failpoint
 KEPT = 100
 _MOST_THREADS_IN_LOG = 16
 _NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z-.*-\d+(\.\d+)?")
+_DRAFT = re.compile(rf"\.{_NAME.pattern}\.\d+")
+_DRAFT_LIVES = 3600.0  # seconds; it takes milliseconds, but clocks are set
 _log = logging.getLogger("hangwatch.evidence")
 
 
@@ -93,5 +96,9 @@ def _prune(directory: Path) -> None:
                 continue
             # What was written later than now is older: the clock was set back since.
             reports.append((written <= now, written, entry.path))
+        elif _DRAFT.fullmatch(entry.name):  # perhaps of a helper that was killed
+            with contextlib.suppress(OSError):
+                if entry.stat(follow_symlinks=False).st_mtime < now - _DRAFT_LIVES:
+                    shutil.rmtree(entry.path, ignore_errors=True)
     for _, _, path in sorted(reports)[:-KEPT]:
         shutil.rmtree(path, ignore_errors=True)
