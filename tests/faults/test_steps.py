@@ -170,6 +170,23 @@ def test_the_watcher_at_a_step_of_a_longer_ladder(
     assert watcher.pid != first, "the step was reached"
 
 
+def test_whose_next_block_is_overdue_when_a_successor_comes(
+    start_watcher: StartWatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block that was ended by `TimerExpired` is told of nevertheless, and not as the other."""
+    faults = "raise.asked=sleep:1@1,raise.asked=kill@1"
+    watcher = start(start_watcher, monkeypatch, faults)
+    hangs = watcher.python("-c", LONGER, "raise", "2")
+    assert hangs.wait(30) == -signal.SIGKILL
+    hangs.communicate()
+    wait_until(lambda: len(watcher.reports()) == 2, "the reports")
+    reports = {report["scope"]["name"]: report for report in watcher.reports()}
+    assert reports["hangs"]["outcome"] == "raised"
+    assert reports["at last"]["outcome"] == "reaped"
+    assert "raise" in [action["action"] for action in reports["hangs"]["actions"]]
+    assert "raise" not in [action["action"] for action in reports["at last"]["actions"]]
+
+
 def test_every_step_has_its_failpoint() -> None:
     source = Path(failpoints.__file__).parent
     text = "".join(path.read_text() for path in source.rglob("*.py"))

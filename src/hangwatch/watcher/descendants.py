@@ -23,13 +23,16 @@ class Sentence:
         signal: which the step was to send; 0: it was to ask the worker to raise.
         doomed: who dies with the worker.
         until: if it still lives then, it has survived (CLOCK_MONOTONIC).
-        reporter: who waits for its death, to report it, should the watcher have died.
+        reporter: who waits for its death, or for the block's end, to report it, should the
+            watcher have died.
+        block: index and entry of the slot of the block that it is about; None: of no block.
     """
 
     signal: int
     doomed: tuple[Doomed, ...]
     until: float
     reporter: Doomed | None
+    block: tuple[int, float] | None
 
 
 _MOST_DOOMED = 256

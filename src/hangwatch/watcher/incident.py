@@ -348,7 +348,8 @@ class Incident:
         """Say what is about to be done to whoever goes on should we die at it."""
         worker, reporter = self.verdict.worker, self._reporter
         identity = None if reporter is None else reporter.identity
-        worker.sentence = Sentence(number, tuple(doomed), monotonic() + within, identity)
+        until, block = monotonic() + within, self.verdict.found.block
+        worker.sentence = Sentence(number, tuple(doomed), until, identity, block)
         self._around.keep_in_mind(worker)
         if reporter is not None:
             reporter.about_to_send(number, within)

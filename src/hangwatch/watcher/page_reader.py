@@ -29,6 +29,11 @@ class Armed:
     entry: float
     deadline: float
 
+    @property
+    def block(self) -> tuple[int, float] | None:
+        """What stays the same when the deadline moves."""
+        return self.index, self.entry
+
 
 @dataclass(frozen=True, slots=True)
 class Standstill:
@@ -43,6 +48,11 @@ class Standstill:
     since: float
     deadline: float
     entries: tuple[float, ...]
+
+    @property
+    def block(self) -> tuple[int, float] | None:
+        """None: it is of no block."""
+        return None
 
 
 Overdue = Armed | Standstill

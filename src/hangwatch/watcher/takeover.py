@@ -170,6 +170,11 @@ def _identify_again(
 def _sentence(kept: list[Any] | None) -> Sentence | None:
     if kept is None:
         return None
-    number, doomed, until, reporter = kept
-    pairs = tuple((pid, start) for pid, start in doomed)
-    return Sentence(number, pairs, until, None if reporter is None else (reporter[0], reporter[1]))
+    number, doomed, until, reporter, block = kept
+    return Sentence(
+        number,
+        tuple((pid, start) for pid, start in doomed),
+        until,
+        None if reporter is None else (reporter[0], reporter[1]),
+        None if block is None else (block[0], block[1]),
+    )

@@ -32,6 +32,7 @@ from hangwatch.watcher.loop import READABLE, Loop, guarded
 from hangwatch.watcher.news import coming_or_going, of_incident
 from hangwatch.watcher.page_reader import Armed, Overdue
 from hangwatch.watcher.reception import Reception
+from hangwatch.watcher.reporter import RAISE
 from hangwatch.watcher.settings import Settings, Wishes
 from hangwatch.watcher.takeover import HasLeft, state_of, take_over
 from hangwatch.watcher.verdict import Verdict
@@ -361,9 +362,7 @@ class Watcher:
             # Its deadline may have moved, not ended: this visit has not seen the new one.
             self._visits.put(worker, at)
             return
-        if worker.sentence is not None and worker.sentence.reporter is not None:
-            # Its story is ours to tell now.
-            end_doomed([worker.sentence.reporter], os.geteuid(), set())
+        self._go_on_from(worker, found)
         told = found in worker.judged
         worker.judged[found] = inf
         self._notice_pause()
@@ -382,6 +381,18 @@ class Watcher:
         # It begins in this turn of the loop, once every page that is due has been visited.
         worker.at_issue = found
         self._incidents.append(incident)
+
+    def _go_on_from(self, worker: Watched, found: Overdue) -> None:
+        """Take from a watcher that died what it had begun about a worker that is overdue."""
+        sentence = worker.sentence
+        if sentence is None:
+            return
+        if sentence.signal == RAISE and sentence.block != found.block:
+            # It raised in another block, whose end its reporter tells.
+            worker.sentence = None
+        elif sentence.reporter is not None:
+            # The story is ours to tell now.
+            end_doomed([sentence.reporter], os.geteuid(), set())
 
     def _resume_incidents(self) -> None:
         now = monotonic()
