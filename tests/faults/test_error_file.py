@@ -20,6 +20,7 @@ from hangwatch.evidence import error_file
 from hangwatch.evidence.model import Case, Scope, ScopeThread, Worker
 from hangwatch.process import Identity
 from hangwatch.watcher.error_file import ErrorFile
+from hangwatch.watcher.fair_clock import FairClock
 from hangwatch.watcher.helper import Helper
 from support.processes import is_alive
 from support.watchers import RunningWatcher, StartWatcher, wait_until
@@ -314,7 +315,8 @@ class TestAlone:
         scope = Scope("lost", 1.0, 2.0, 1.0, 1, ScopeThread(1, pid, "MainThread"), [])
         case = Case(time.time(), Worker(pid, 0, 0.0, {}, ["victim"], "3"), scope)
         identity = Identity(pid, os.geteuid(), 0, os.pidfd_open(pid))
-        return ErrorFile(start, identity, str(path), case, None, ["evidence: there is none"])
+        missing = ["evidence: there is none"]
+        return ErrorFile(start, FairClock(), identity, str(path), case, None, missing)
 
     @classmethod
     def run(cls, course: Generator[float, None, str]) -> str:

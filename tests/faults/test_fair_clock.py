@@ -21,6 +21,20 @@ print("out", flush=True)
 """
 
 
+# Asked to end, it does so after a second's work, and says how.
+TIDIES_UP = """
+import os, signal, time, hangwatch
+def asked(*_):
+    print("asked", flush=True)
+    for _ in range(100): time.sleep(0.01)
+    os._exit(7)
+signal.signal(signal.SIGTERM, asked)
+with hangwatch.expires(0.3, "tidies up", grace=3):
+    print("in", flush=True)
+    time.sleep(1000)
+"""
+
+
 def stop(*pids: int) -> None:
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
@@ -64,6 +78,23 @@ def test_a_pause_of_all_costs_the_overdue_one_settling_time(start_watcher: Start
     assert killed >= 1, "one settling time: min(pause, limit, 1 s)"
     assert watcher.pid == pid, "and the watcher is not blamed either"
     hangs.communicate()
+
+
+def test_a_pause_of_all_does_not_count_as_grace(start_watcher: StartWatcher) -> None:
+    watcher = start_watcher()
+    worker = start(watcher, TIDIES_UP)
+    assert worker.stdout is not None
+    assert worker.stdout.readline() == "asked\n"
+    pid = watcher.pid
+    stop(watcher.keeper_pid, pid, worker.pid)
+    time.sleep(4)
+    go_on(pid)
+    time.sleep(0.2)  # in which it would kill
+    go_on(worker.pid, watcher.keeper_pid)
+    worker.communicate(timeout=30)
+    assert worker.returncode == 7
+    assert watcher.report(pid=worker.pid)["outcome"] == "reaped"
+    assert watcher.pid == pid
 
 
 def test_a_pause_of_the_watcher_alone_extends_nothing(start_watcher: StartWatcher) -> None:

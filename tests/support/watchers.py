@@ -32,7 +32,8 @@ def wait_until(true: Callable[[], object], what: str, within: float = PATIENCE) 
 def watcher_below(keeper: int) -> int | None:
     """Return the pid of a keeper's watcher, if there is one just now."""
     with contextlib.suppress(OSError):
-        for pid in Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split():
+        # What a watcher that died had just forked is the keeper's by now, and has its name yet.
+        for pid in Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()[::-1]:
             with contextlib.suppress(OSError):
                 name, state = re.findall(r"\((.*)\) (.)", Path(f"/proc/{pid}/stat").read_text())[0]
                 if name == "hw-watcher" and state != "Z":

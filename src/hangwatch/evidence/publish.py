@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import shutil
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,7 +18,7 @@ KEPT = 100
 _MOST_THREADS_IN_LOG = 16
 _NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z-.*-\d+(\.\d+)?")
 _DRAFT = re.compile(rf"\.{_NAME.pattern}\.\d+")
-_DRAFT_LIVES = 3600.0  # seconds; it takes milliseconds, but clocks are set
+_DRAFT_LIVES = 3600.0  # seconds, where it takes milliseconds
 _log = logging.getLogger("hangwatch.evidence")
 
 
@@ -63,6 +62,8 @@ def _keep(report: Report, directory: Path) -> Path:
             )
             with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
+        # By the clock of the file system: ours may have been set since another began a draft.
+        now = draft.stat().st_mtime
         place = directory / name
         for number in range(1, 100):
             try:
@@ -75,7 +76,7 @@ def _keep(report: Report, directory: Path) -> Path:
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    _prune(directory)
+    _prune(directory, now)
     return place
 
 
@@ -84,10 +85,9 @@ def slug(scope: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.]+", "-", scope)[-40:].strip("-.") or "scope"
 
 
-def _prune(directory: Path) -> None:
+def _prune(directory: Path, now: float) -> None:
     # Only what has our own kind of name and holds a report is ours to delete.
     reports = []
-    now = time.time()
     for entry in os.scandir(directory):
         if _NAME.fullmatch(entry.name):
             try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from time import monotonic
 
 from hangwatch.process import Identity, may_signal, read_stat
+from hangwatch.watcher.fair_clock import FairClock
 
 Doomed = tuple[int, int]
 """A process that dies with a worker: its pid, and its start in ticks since boot."""
@@ -121,22 +122,21 @@ class Tree:
         return [(held.pid, held.start_ticks) for held in self._held.values()][:_MOST_DOOMED]
 
     def end(
-        self, uid: int, spare: Set[int], note: Callable[[str, str], None]
+        self, uid: int, spare: Set[int], clock: FairClock, note: Callable[[str, str], None]
     ) -> Generator[float, None, None]:
         """Kill them, and wait until they are dead.
 
         Args:
             uid: the worker's user, who must be theirs.
             spare: processes that are left alone by now, with all that is below them.
+            clock: what waits.
             note: told what was done about each.
         """
         spare = _with_those_below(self._held.keys() & spare)
         ending = [held for held in self._held.values() if held.pid not in spare]
         results = {held.pid: _kill(held, uid) for held in ending}
         sent = [held for held in ending if results[held.pid] == "sent"]
-        until = monotonic() + _DEAD_WITHIN
-        while monotonic() < until and not all(held.is_dead() for held in sent):
-            yield monotonic() + 0.005
+        yield from clock.wait(_DEAD_WITHIN, lambda: all(held.is_dead() for held in sent), 0.005)
         for held in ending:
             dead = "it is dead" if held.is_dead() else "it is not dead yet"
             note(f"SIGKILL to descendant {held.pid}", f"{results[held.pid]}; {dead}")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Generator
-from time import monotonic
 
 from hangwatch.evidence import error_file
 from hangwatch.evidence.model import Case, Evidence
 from hangwatch.failpoints import failpoint
 from hangwatch.process import Identity
+from hangwatch.watcher.fair_clock import FairClock
 from hangwatch.watcher.reporter import StartHelper
 
 # A file system that answers no more delays the kill by so many seconds.
@@ -24,6 +24,7 @@ class ErrorFile:
 
     Args:
         start_helper: starts who writes it.
+        clock: what waits for that.
         identity: the worker.
         path: where it is, by the worker's word.
         case: what the watcher knows.
@@ -34,6 +35,7 @@ class ErrorFile:
     def __init__(
         self,
         start_helper: StartHelper,
+        clock: FairClock,
         identity: Identity,
         path: str,
         case: Case,
@@ -41,6 +43,7 @@ class ErrorFile:
         problems: list[str],
     ) -> None:
         self._start_helper = start_helper
+        self._clock = clock
         self._identity = identity
         self._path = path
         self._case = case
@@ -80,10 +83,7 @@ class ErrorFile:
             helper = self._start_helper(work, [self._identity.pidfd])
         except OSError as error:
             return f"failed: no process can be started ({error.strerror})"
-        until = monotonic() + _WITHIN
-        while not helper.done and monotonic() < until:
-            yield until
-        if not helper.done:
+        if not (yield from self._clock.wait(_WITHIN, lambda: helper.done)):
             helper.kill()
             return _LATE
         return "failed: see the log" if helper.result is None else helper.result.decode()

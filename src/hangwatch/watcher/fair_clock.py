@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
 from math import inf
 from time import monotonic
 
@@ -17,7 +18,7 @@ class FairClock:
     def __init__(self) -> None:
         # Until the first sleep: what a successor finds overdue gets nothing on top.
         self._awake_by = inf
-        self._paused_until = self._pause = 0.0
+        self._paused_until = self._pause = self._lost = 0.0
 
     def sleeps_until(self, when: float) -> None:
         """Note when we mean to run again (CLOCK_MONOTONIC)."""
@@ -33,6 +34,7 @@ class FairClock:
         if late <= _OVERSLEPT:
             return 0.0
         self._paused_until, self._pause = now, late
+        self._lost += late
         return late
 
     def settling(self, deadline: float, limit: float) -> float:
@@ -45,3 +47,27 @@ class FairClock:
         if deadline > self._paused_until:
             return 0.0
         return min(self._pause, limit, _LONGEST_SETTLING)
+
+    def wait(
+        self, within: float, done: Callable[[], bool], look_every: float = inf
+    ) -> Generator[float, None, bool]:
+        """Wait until `done()`, for some seconds, not counting those in which nobody ran.
+
+        Args:
+            within: for how long, in seconds.
+            done: what is waited for.
+            look_every: seconds until the next look, if nothing happens before.
+
+        Yields:
+            When to look again, at the latest (CLOCK_MONOTONIC).
+
+        Returns:
+            Whether it is done.
+        """
+        began, lost = monotonic(), self._lost
+        while not done():
+            until = began + within + self._lost - lost
+            if monotonic() >= until:
+                return False
+            yield min(until, monotonic() + look_every)
+        return True

@@ -134,16 +134,14 @@ class Incident:
         while self._around.paused() and self._overdue():
             settle = min(self.verdict.case.scope.limit_s, 1.0)
             yield monotonic() + 0.1
-        until = monotonic() + settle
-        while monotonic() < until and self._overdue():
-            yield min(until, monotonic() + 0.02)
+        yield from self._around.clock.wait(settle, lambda: not self._overdue(), 0.02)
 
     def _wait_out_pause(self) -> Course:
         """Let a short pause pass; a long one's own overrun must not wait for us."""
         worker, found = self.verdict.worker, self.verdict.found
-        until = monotonic() + _PAUSE_WITHIN
-        while self._around.look(worker, found) == PAUSED and monotonic() < until:
-            yield min(until, monotonic() + 0.02)
+        yield from self._around.clock.wait(
+            _PAUSE_WITHIN, lambda: self._around.look(worker, found) != PAUSED, 0.02
+        )
 
     def _overdue(self) -> bool:
         worker, found = self.verdict.worker, self.verdict.found
@@ -158,9 +156,13 @@ class Incident:
 
     def _gather(self) -> Course:
         # Where many hang at once somebody may be debugging one of them: it is worth a wait.
-        until = monotonic() + EVIDENCE_WITHIN * (2 if self._asks_for_debuggers() else 1)
-        while self._around.gathering() >= MOST_GATHERING and monotonic() < until:
-            yield until
+        is_our_turn = yield from self._around.clock.wait(
+            EVIDENCE_WITHIN * (2 if self._asks_for_debuggers() else 1),
+            lambda: self._around.gathering() < MOST_GATHERING,
+        )
+        if not is_our_turn:
+            self._problems.append("evidence: too many incidents at once")
+            return
         verdict, worker = self.verdict, self.verdict.worker
         asked = Asked(
             identity=worker.identity,
@@ -175,9 +177,6 @@ class Incident:
             and verdict.ladder.first in (signal.SIGTERM, signal.SIGKILL),
             unasked=None if self._around.settings.stacks else "the watcher was told not to ask",
         )
-        if monotonic() >= until:
-            self._problems.append("evidence: too many incidents at once")
-            return
         try:
             helper = self._around.start_helper(
                 lambda: _packed(gather(asked, self._around.others(worker))),
@@ -188,9 +187,7 @@ class Incident:
             return
         self.gathering = True
         failpoint("incident.gathering")
-        until = monotonic() + EVIDENCE_WITHIN
-        while not helper.done and monotonic() < until:
-            yield until
+        yield from self._around.clock.wait(EVIDENCE_WITHIN, lambda: helper.done)
         self.gathering = False
         failpoint("incident.gathered")
         if not helper.done:
@@ -255,6 +252,7 @@ class Incident:
             return outcome
         ending = SoftEnding(
             self._around.start_helper,
+            self._around.clock,
             *(worker.identity, worker.reader, verdict.found, verdict.case.scope.thread),
             overdue=self._overdue,
             note=self._note,
@@ -283,6 +281,7 @@ class Incident:
             return None
         error_file = ErrorFile(
             self._around.start_helper,
+            self._around.clock,
             worker.identity,
             path,
             verdict.case,
@@ -333,13 +332,10 @@ class Incident:
         failpoint("ladder.sent")
         self._signalled = True
         # Who leaves the block on SIGTERM may be on its way out: it has the whole grace.
-        until = monotonic() + within
-        while not worker.identity.is_dead():
-            if monotonic() >= until:
-                if number == signal.SIGKILL:
-                    self._note("confirm", f"it is not dead after {within:g} s")
-                return None
-            yield min(until, monotonic() + 0.05)
+        if not (yield from self._around.clock.wait(within, worker.identity.is_dead, 0.05)):
+            if number == signal.SIGKILL:
+                self._note("confirm", f"it is not dead after {within:g} s")
+            return None
         self._note("confirm", "it is dead")
         failpoint("ladder.confirmed")
         return Outcome.REAPED
@@ -363,7 +359,9 @@ class Incident:
 
     def _end_tree(self) -> Course:
         worker = self.verdict.worker
-        yield from self._tree.end(worker.identity.uid, self._around.spared(worker), self._note)
+        around = self._around
+        spared = around.spared(worker)
+        yield from self._tree.end(worker.identity.uid, spared, around.clock, self._note)
         worker.sentence = None
 
     def _note(self, action: str, result: str) -> None:
@@ -384,9 +382,8 @@ class Incident:
             )
 
     def _tell(self, outcome: Outcome) -> Course:
-        until = monotonic() + _PUBLISH_WITHIN
-        while self._around.publishing() >= MOST_PUBLISHING and monotonic() < until:
-            yield until
+        wait = self._around.clock.wait
+        yield from wait(_PUBLISH_WITHIN, lambda: self._around.publishing() < MOST_PUBLISHING)
         if self._reporter is None:
             self._start_reporter()
         reporter = self._reporter
@@ -394,13 +391,10 @@ class Incident:
             self._log_headline(outcome)
             return
         self.publishing = True
-        until = monotonic() + _PUBLISH_WITHIN
         reporter.finish(outcome, self._actions)
         failpoint("report.finished")
-        while not reporter.send_rest() and monotonic() < until:
-            yield monotonic() + 0.005
-        while not reporter.helper.done and monotonic() < until:
-            yield until
+        yield from wait(_PUBLISH_WITHIN, reporter.send_rest, 0.005)
+        yield from wait(_PUBLISH_WITHIN, lambda: reporter.helper.done)
         self.publishing = False
         failpoint("report.out")
         reporter.helper.kill()

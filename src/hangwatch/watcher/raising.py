@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from functools import partial
-from time import monotonic
 
 from hangwatch import linux
 from hangwatch.evidence.model import ScopeThread
 from hangwatch.evidence.stacks import who_takes
 from hangwatch.failpoints import failpoint
 from hangwatch.process import Identity
+from hangwatch.watcher.fair_clock import FairClock
 from hangwatch.watcher.page_reader import Armed, Overdue, PageReader
 from hangwatch.watcher.reporter import StartHelper
 
@@ -25,6 +25,7 @@ class SoftEnding:
 
     Args:
         start_helper: starts who sends the signal.
+        clock: what waits.
         identity: the worker.
         reader: its page.
         found: what is overdue.
@@ -36,6 +37,7 @@ class SoftEnding:
     def __init__(
         self,
         start_helper: StartHelper,
+        clock: FairClock,
         identity: Identity,
         reader: PageReader,
         found: Overdue,
@@ -44,6 +46,7 @@ class SoftEnding:
         note: Callable[[str, str], None],
     ) -> None:
         self._start_helper = start_helper
+        self._clock = clock
         self._identity = identity
         self._reader = reader
         self._found = found
@@ -58,16 +61,15 @@ class SoftEnding:
         if problem is not None:
             self._say(problem)
             return
-        yield from self._send()
-        until = monotonic() + within
         pause = _FIRST_PAUSE
-        while self._overdue() and monotonic() < until:
-            again = min(until, monotonic() + pause)
+        yield from self._send()
+        while within > 0.0 and self._overdue():
+            share = min(pause, within)
+            within -= share
             pause = min(2 * pause, _LONGEST_PAUSE)
-            while self._overdue() and monotonic() < again:
-                yield min(again, monotonic() + 0.02)
+            ended = yield from self._clock.wait(share, lambda: not self._overdue(), 0.02)
             # It may have been at a place where nothing can be raised, or have masked the signal.
-            if self._overdue() and monotonic() < until and not self.was_raised():
+            if within > 0.0 and not ended and not self.was_raised():
                 yield from self._send()
 
     def was_raised(self) -> bool:
@@ -97,9 +99,7 @@ class SoftEnding:
         except OSError as error:
             self._say(f"failed: no process can be started ({error.strerror})")
             return
-        until = monotonic() + _ANSWER_WITHIN
-        while not helper.done and monotonic() < until:
-            yield until
+        yield from self._clock.wait(_ANSWER_WITHIN, lambda: helper.done)
         helper.kill()
         failpoint("raise.asked")
         self._say("failed: no answer" if helper.result is None else helper.result.decode())

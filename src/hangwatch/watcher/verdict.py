@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hangwatch.evidence.model import Case, OtherWorker
+from hangwatch.watcher.fair_clock import FairClock
 from hangwatch.watcher.helper import Helper
 from hangwatch.watcher.page_reader import Overdue
 from hangwatch.watcher.settings import Ladder, Settings, Wishes
@@ -17,6 +18,7 @@ class Surroundings(Protocol):
     """What an incident needs of the watcher around it."""
 
     settings: Settings
+    clock: FairClock
 
     def look(self, worker: Watched, found: Overdue) -> str | None:
         """Say what makes a verdict void by now; None: it still holds."""

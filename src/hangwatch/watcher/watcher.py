@@ -94,7 +94,7 @@ class Watcher:
         self._incidents: list[Incident] = []
         self._stopping = self._leaving = False
         self._fenced = linux.fence()
-        self._clock = FairClock()
+        self.clock = FairClock()
         self._next_tick = self._next_sweep = monotonic()
 
     def take_over(self, kept: dict[int, Kept]) -> None:
@@ -154,7 +154,7 @@ class Watcher:
         while not (self._stopping and all(incident.told for incident in self._incidents)):
             self._notice_pause()
             until = max(self._next_wake(), monotonic())
-            self._clock.sleeps_until(until)
+            self.clock.sleeps_until(until)
             self.loop.sleep(until)
             self._notice_pause()
             self.loop.dispatch()
@@ -169,7 +169,7 @@ class Watcher:
 
     def _notice_pause(self) -> None:
         """Notice that we, and perhaps the workers too, did not run for a while."""
-        late = self._clock.notice()
+        late = self.clock.notice()
         if late:
             _log.warning("the watcher did not run for %.1f s; who is overdue may settle", late)
             self._events.tell({"event": "stalled", "at": time.time(), "for_s": round(late, 3)})
@@ -366,7 +366,7 @@ class Watcher:
         told = found in worker.judged
         worker.judged[found] = inf
         self._notice_pause()
-        settle = self._clock.settling(found.deadline, case.scope.limit_s)
+        settle = self.clock.settling(found.deadline, case.scope.limit_s)
         wishes = worker.reader.wishes(found) if isinstance(found, Armed) else Wishes()
         verdict = Verdict(
             *(worker, found, at, case),
