@@ -55,14 +55,14 @@ def test_the_block_s_choice_comes_before_the_server_s(
 ) -> None:
     watcher = start_watcher(on_expiry=server)
     choices = {} if block is None else {"on_expiry": block}
-    seconds = 2.0 if ending[2] == "reported" else 1000
+    seconds = 6.0 if ending[2] == "reported" else 1000
     assert hang(watcher, seconds, **choices) == ending
 
 
 @pytest.mark.parametrize("block", ["reap", "raise"])
 def test_a_server_that_forces_report_never_kills(start_watcher: StartWatcher, block: str) -> None:
     watcher = start_watcher(on_expiry="report", force=True)
-    assert hang(watcher, 2.0, on_expiry=block) == (0, "", "reported")
+    assert hang(watcher, 6.0, on_expiry=block) == (0, "", "reported")
 
 
 def test_run_with_on_expiry_report_never_kills(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_run_with_on_expiry_report_never_kills(tmp_path: Path) -> None:
         [
             *(sys.executable, "-m", "hangwatch", "run"),
             *("--on-expiry", "report", "--report-dir", str(tmp_path), "--"),
-            *(sys.executable, "-c", HANG, "{'on_expiry': 'reap'}", "2.0"),
+            *(sys.executable, "-c", HANG, "{'on_expiry': 'reap'}", "6.0"),
         ],
         capture_output=True,
         text=True,
@@ -82,7 +82,7 @@ def test_run_with_on_expiry_report_never_kills(tmp_path: Path) -> None:
 
 def test_report_takes_no_step_but_to_ask_for_stacks(start_watcher: StartWatcher) -> None:
     watcher = start_watcher(on_expiry="report")
-    hang(watcher, 2.0)
+    hang(watcher, 6.0)
     (report,) = watcher.reports()
     assert report["actions"] == []
     assert report["threads"], "it was asked"
