@@ -24,7 +24,9 @@ FULL_FOR = 2.0
 BUSY, BELL = "8 busy processes", "rings for ever"
 
 RARELY = (
-    "handshake.*=kill%0.002,handshake.*=stop%0.0005,"
+    # Of a newcomer, or of a worker that is taken over: a crowd waits at times, and whoever
+    # comes after a watcher that died among them must have a chance.
+    "handshake.*=kill%0.0005,handshake.*=stop%0.0001,"
     "visit.*=kill%0.0001,visit.*=stop%0.00003,"
     "incident.*=kill%0.002,incident.*=stop%0.0005,"
     "ladder.*=kill%0.003,ladder.*=stop%0.001,"
@@ -32,7 +34,7 @@ RARELY = (
     "error-file.written=kill%0.01,error-file.written=stop%0.003,"
     "sentence.carried-out=kill%0.05,sentence.carried-out=stop%0.01,"
     "report.*=kill%0.003,report.*=stop%0.001,"
-    "handover.*=kill%0.001,handover.*=stop%0.0003,"
+    "handover.*=kill%0.0003,handover.*=stop%0.0001,"
     "evidence.asking=sleep:0.1%0.1,kernel.peer-pidfd=fail:ENODATA%0.05,"
     "evidence.gathering=sleep:0.3%0.2,evidence.gathering=sleep:60%0.03,evidence.gathering=kill%0.03"
 )
