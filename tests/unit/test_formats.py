@@ -297,6 +297,15 @@ def test_a_clock_that_was_set_back_makes_new_reports_no_old_ones(tmp_path: Path)
     assert kept == [*range(3, publish.KEPT), 1000, 1001, 1002]
 
 
+def test_what_others_write_at_the_same_time_is_no_old_report(tmp_path: Path) -> None:
+    for number in range(publish.KEPT):
+        publish.publish(make_report(pid=number), str(tmp_path))
+    (others,) = tmp_path.glob("*-7/report.json")
+    os.utime(others, (time.time() + 5,) * 2)
+    publish.publish(make_report(pid=1000), str(tmp_path))
+    assert others.exists()
+
+
 def test_two_reports_of_one_millisecond_are_both_kept(tmp_path: Path) -> None:
     for _ in range(3):
         publish.publish(make_report(), str(tmp_path))

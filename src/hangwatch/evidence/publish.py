@@ -19,6 +19,7 @@ _MOST_THREADS_IN_LOG = 16
 _NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z-.*-\d+(\.\d+)?")
 _DRAFT = re.compile(rf"\.{_NAME.pattern}\.\d+")
 _DRAFT_LIVES = 3600.0  # seconds, where it takes milliseconds
+_AT_THE_SAME_TIME = 60.0
 _log = logging.getLogger("hangwatch.evidence")
 
 
@@ -94,8 +95,9 @@ def _prune(directory: Path, now: float) -> None:
                 written = os.stat(f"{entry.path}/report.json").st_mtime
             except OSError:  # none, or removed just now
                 continue
-            # What was written later than now is older: the clock was set back since.
-            reports.append((written <= now, written, entry.path))
+            # What was written later than now is older: the clock was set back since. Others
+            # write at the same time as we do.
+            reports.append((written <= now + _AT_THE_SAME_TIME, written, entry.path))
         elif _DRAFT.fullmatch(entry.name):  # perhaps of a helper that was killed
             with contextlib.suppress(OSError):
                 if entry.stat(follow_symlinks=False).st_mtime < now - _DRAFT_LIVES:

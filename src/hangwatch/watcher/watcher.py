@@ -131,7 +131,6 @@ class Watcher:
             if news.event is not None:
                 self._events.tell(news.event)
             self._carry_out(news.sentence, news.uid)
-            failpoint("sentence.carried-out")
             # Not before: until then a successor of ours needs it.
             self.keeper.drop(number)
         self._reception.next_number = max(kept, default=0) + 1
@@ -271,6 +270,7 @@ class Watcher:
         if sentence is not None:
             for pid in end_doomed(sentence.doomed, uid, self._spared()):
                 _log.warning("killed process %d, which its worker had left behind", pid)
+            failpoint("sentence.carried-out")
 
     def _lift_sentences(self, now: float) -> None:
         """Forget what a watcher that died was about to do to who has survived it."""
