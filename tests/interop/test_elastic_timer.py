@@ -116,15 +116,20 @@ import {module} as timer
 def stuck_for_good():
     time.sleep(1000)
 
+def say(line):
+    # One write: torchrun starts its ranks with -u, where print() writes a line's end by itself,
+    # and the other rank's line may come between.
+    sys.stdout.write(line + "\\n")
+
 rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
 timer.configure(timer.FileTimerClient(os.environ["TORCHELASTIC_TIMER_FILE"]))
 me, agent = os.getpid(), os.getppid()
-print(f"rank {{rank}} of attempt {{attempt}} is {{me}}, its agent {{agent}}", flush=True)
+say(f"rank {{rank}} of attempt {{attempt}} is {{me}}, its agent {{agent}}")
 with timer.expires(after=2, scope="step"):
     if rank == "1" and attempt in sys.argv[1]: stuck_for_good()
 if attempt in sys.argv[1]: time.sleep(1000)
 time.sleep(3)
-print(f"rank {{rank}} of attempt {{attempt}} finished", flush=True)
+say(f"rank {{rank}} of attempt {{attempt}} finished")
 """
 
 
