@@ -242,17 +242,17 @@ def _hang_in_one_of_two_threads() -> None:
 
 
 def _handle_and_pause() -> None:
-    with hangwatch.expires(0.5, "step") as timer:
+    with hangwatch.expires(1.2, "step") as timer:
         timer.cancel()
-        with hangwatch.expires(0.5, "step"):
+        with hangwatch.expires(1.2, "step"):
             pass
-        time.sleep(1.0)  # it stays cancelled
+        time.sleep(2)  # it stays cancelled
         timer.renew(60)
-        with hangwatch.expires(0.5, "step"):
+        with hangwatch.expires(1.2, "step"):
             pass
-        time.sleep(1.0)  # and so it stays renewed
-    with hangwatch.expires(0.5, "step"), hangwatch.paused("step", after=60):
-        time.sleep(1.5)
+        time.sleep(2)  # and so it stays renewed
+    with hangwatch.expires(1.2, "step"), hangwatch.paused("step", after=60):
+        time.sleep(2)
 
 
 def _overrun_a_pause() -> None:
@@ -344,15 +344,15 @@ class TestBothRoads:
 
 def _recurse(said: threading.Event) -> None:
     def nested(depth: int) -> None:
-        with hangwatch.expires(after=1.5, scope="recursive"):
+        with hangwatch.expires(after=3, scope="recursive"):
             if depth:
                 nested(depth - 1)
-            time.sleep(0.8)
+            time.sleep(1)
 
     nested(3)
-    with hangwatch.expires(after=0.6, scope="outer"):
+    with hangwatch.expires(after=1.5, scope="outer"):
         with hangwatch.expires(after=30, scope="outer"):
-            time.sleep(1.0)
+            time.sleep(2)
         time.sleep(0.1)
         said.set()
         time.sleep(30)

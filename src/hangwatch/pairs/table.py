@@ -45,7 +45,9 @@ class TimerTable:
             return
         self.timers[key] = request
         self._scopes.setdefault(pid, set()).add(scope_id)
-        self._agenda.put(key, monotonic() + expiration_time - time.time())
+        # In this order: if we are held up in between, the deadline moves later, not earlier.
+        left = expiration_time - time.time()
+        self._agenda.put(key, monotonic() + left)
 
     def drop(self, request: TimerRequest) -> None:
         """Forget this one timer, if it is still armed."""
