@@ -444,8 +444,7 @@ class TestTheLimitOfOpenFiles:
             while rooms:
                 with contextlib.ExitStack() as opened:
                     silent = [
-                        opened.enter_context(connect(served.address))
-                        for _ in range(6 - rooms[0])
+                        opened.enter_context(connect(served.address)) for _ in range(6 - rooms[0])
                     ]
                     newcomer = opened.enter_context(connect(served.address))
                     socket.send_fds(newcomer, [hello()], [page])
