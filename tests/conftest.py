@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +23,26 @@ hypothesis.settings.register_profile(
     "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("busy")
+
+
+@pytest.fixture(autouse=True)
+def _machine(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Share the machine with the tests of other processes, or have it `alone`.
+
+    Who wants it alone keeps the others waiting at the gate until it has had it. Unlocked by
+    hand, for children that outlive a test have its descriptors; flock(2).
+    """
+    alone = request.node.get_closest_marker("alone") is not None
+    # xdist's processes have this folder in common.
+    folder = tmp_path_factory.getbasetemp().parent
+    with (folder / "gate.lock").open("w") as gate, (folder / "machine.lock").open("w") as machine:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        yield
+        fcntl.flock(machine, fcntl.LOCK_UN)
 
 
 @contextmanager

@@ -305,7 +305,6 @@ children = []
 for _ in range(1000):
     child = os.fork()
     if child == 0:
-        os.nice(19)  # a crowd for the watcher, not for the tests that run beside this one
         os.close(go)
         os.read(gate, 1)
         client = client_at(os.environ["HANGWATCH_ADDRESS"])
@@ -331,6 +330,9 @@ print(sum(os.waitpid(child, 0)[1] == 0 for child in children), flush=True)
 """
 
 
+# Beside it others get no CPU for seconds, and evidence, for example, misses its two.
+@pytest.mark.alone
+@pytest.mark.timeout(120)
 def test_a_thousand_workers_connect_at_once(start_watcher: StartWatcher) -> None:
     watcher = start_watcher()
     check = start_healthy(watcher)

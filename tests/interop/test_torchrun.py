@@ -26,7 +26,8 @@ def accuracy(stdout: str) -> float:
 
 
 def test_hung_rank_is_killed_and_the_job_goes_on(tmp_path: Path) -> None:
-    # One restart more than the hang needs: rarely torch itself aborts a rank that has finished.
+    # One restart more than the hang needs: once a rank that had finished was aborted by
+    # std::terminate, which no Python code calls.
     job = torchrun(4, str(SCRIPT), "--hang-rank", "2", "--hang-at-step", "20", restarts=2)
     stdout, stderr = finish([*hangwatch_run(tmp_path / "reports"), *job], tmp_path)
 
@@ -41,6 +42,7 @@ def test_hung_rank_is_killed_and_the_job_goes_on(tmp_path: Path) -> None:
     inside = [scope["name"] for other in report["others"] for scope in other["scopes"]]
     assert "all_reduce" in inside
     assert report["headline"] in stderr
+    assert "attempt 2" not in stdout or "terminate called" in stderr
 
     resumed = re.search(r"^attempt 1: resumed from step (\d+)$", stdout, re.MULTILINE)
     assert resumed, stdout
@@ -68,8 +70,7 @@ def test_job_that_does_not_hang_is_left_alone(tmp_path: Path) -> None:
     stdout, stderr = finish([*hangwatch_run(tmp_path / "reports"), *job], tmp_path)
     assert not (tmp_path / "reports").exists()
     assert "hangwatch" not in stderr
-    # What torch's own threads end, see above, is no doing of ours.
-    assert "resumed" not in stdout or "terminate called" in stderr
+    assert "resumed" not in stdout
     assert accuracy(stdout) > 0.8
 
 
