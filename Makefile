@@ -8,8 +8,6 @@ N ?= 1
 # How many seconds `make soak` takes, and `make fuzz` with each target; SEED=0: another each time.
 SECONDS ?= 30
 SEED ?= 0
-# How often `make stress-dumps` asks for stacks.
-DUMPS ?= 10000
 # How many workers `make stress-kills` kills; SEED is that of its dice.
 KILLS ?= 10000
 
@@ -20,7 +18,7 @@ INTEROP := .venv-interop
 FUZZ := .venv-fuzz
 
 .PHONY: help demo test check model interop conformance-table zoo bench-arm \
-	bench-handover fuzz soak stress-dumps stress-kills clean
+	bench-handover fuzz soak stress-kills clean
 
 help:
 	@echo "make demo       watch four workers until one hangs"
@@ -35,7 +33,6 @@ help:
 	@echo "make bench-handover            how long nobody watches after the watcher's death"
 	@echo "make fuzz SECONDS=30           what strangers may send, made up at random; SEED=N: once more"
 	@echo "make soak SECONDS=600 SEED=7   real workers under real faults, and a proof of what happened"
-	@echo "make stress-dumps DUMPS=10000  ask workers for their stacks while they recover"
 	@echo "make stress-kills KILLS=10000  kill so many workers of the Local pair while others arm"
 
 # A machine without the venv module, or with an older Python, gets one clear sentence.
@@ -110,9 +107,6 @@ fuzz: $(FUZZ)/ready
 
 soak: $(VENV)/ready
 	PYTHONPATH=tests $(VENV)/bin/python -m soak $(SECONDS) $(SEED)
-
-stress-dumps: $(VENV)/ready
-	PYTHONPATH=tests $(VENV)/bin/python -m stress.dumps $(DUMPS)
 
 stress-kills: $(VENV)/ready
 	PYTHONPATH=tests $(VENV)/bin/python -m stress.kill_storm $(KILLS) --seed $(SEED)

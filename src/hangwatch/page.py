@@ -11,6 +11,7 @@ Layout (native byte order, one memfd of `PAGE_BYTES`):
         16  f64 watch_until: the watcher looks at this page again no later than this
         24  f64 slots in use: only the first so many were ever given out
         32  f64 the signal that makes the main thread raise what is overdue there; 0.0: none
+        40  f64 1.0 once a Python debugger (bdb, pydevd) was loaded into the process
     slots, 320 bytes each
         0   f64 deadline, 0.0 while not armed
         8   3?  how the block ended; written together with the deadline, read by nobody
@@ -56,6 +57,7 @@ SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 WATCH_UNTIL = 2
 SLOTS_IN_USE = 3
 RAISE_SIGNAL = 4
+DEBUGGER_LOADED = 5
 HEADER_WORDS = HEADER_BYTES // 8
 SLOT_WORDS = SLOT_BYTES // 8
 # ... and from a slot's.

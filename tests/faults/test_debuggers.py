@@ -105,6 +105,30 @@ def test_a_successor_does_not_report_it_again(start_watcher: StartWatcher) -> No
     assert worker.returncode == -9, "the successor looks again, too"
 
 
+@pytest.mark.parametrize("choice", ["on_expiry='raise'", "signal=signal.SIGUSR1, grace=1"])
+@pytest.mark.parametrize("before", ["import pdb", ""], ids=["loaded before", "loaded inside"])
+def test_who_would_live_on_is_only_reported_where_a_debugger_is_loaded(
+    watcher: RunningWatcher, choice: str, before: str
+) -> None:
+    """It isn't asked for its stacks, which would show whether the debugger is at work."""
+    script = f"""
+import signal, sys, time, hangwatch
+signal.signal(signal.SIGUSR1, lambda *_: print("signalled"))
+{before}
+with hangwatch.expires(0.5, "soft", {choice}):
+    import bdb
+    sys.stdin.readline()
+print("went on")
+"""
+    worker = watcher.python("-c", script, stdin=subprocess.PIPE)
+    report = watcher.report(pid=worker.pid)
+    out, _ = worker.communicate("\n", timeout=30)
+    assert (worker.returncode, out) == (0, "went on\n")
+    assert report["outcome"] == "reported"
+    assert report["debugger"] == "bdb or pydevd is loaded, and may be at work"
+    assert report["threads"] == []
+
+
 def test_pydevd_is_known_by_its_files() -> None:
     from hangwatch.evidence.debuggers import in_stacks
     from hangwatch.evidence.model import Frame, ThreadStack

@@ -192,19 +192,6 @@ def test_stat_with_brackets_in_the_name_is_parsed() -> None:
     assert 0 <= time.time() - began < 100_000
 
 
-def test_a_process_at_work_does_not_stand_still_and_a_sleeping_one_does() -> None:
-    sleeping = subprocess.Popen(["sleep", "30"])
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        time.sleep(0.3)
-        assert any(proc.stands_still(sleeping.pid) for _ in range(5))
-        assert not all(proc.stands_still(busy.pid) for _ in range(5))
-    finally:
-        for process in (sleeping, busy):
-            process.kill()
-            process.wait()
-
-
 def test_labels_come_from_the_allow_list_alone() -> None:
     environment = {"RANK": "3", "SLURM_PROCID": "9", "SLURM_JOB_ID": "17", "SECRET": "x"}
     assert labels_from(environment) == {"rank": "3", "run_id": "17"}

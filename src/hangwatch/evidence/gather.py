@@ -23,7 +23,7 @@ def gather(asked: stacks.Asked, others: list[OtherWorker]) -> Evidence:
     debugger = debuggers.tracing(pid)
     if debugger is None:
         threads, missing = stacks.collect(asked)
-        debugger = debuggers.in_stacks(threads)
+        debugger = debuggers.in_stacks(threads) or asked.debugger
     else:
         # Signals of a traced process stop at its tracer.
         threads, missing = [], [f"Python stacks: {debugger}, and would see the request"]

@@ -66,25 +66,6 @@ def readings(pid: int) -> dict[int, Reading]:
     return found
 
 
-def stands_still(pid: int) -> bool:
-    """Tell whether, for 20 ms, no thread of a process runs, gains CPU time or is switched.
-
-    One that could run and gets no CPU on a busy machine does not stand still.
-    """
-    before = readings(pid)
-    sleep(BETWEEN_READINGS_S)
-    after = readings(pid)
-    return (
-        bool(before)
-        and before.keys() == after.keys()
-        and all("R" not in (before[tid].state, after[tid].state) for tid in before)
-        and all(
-            (before[tid].cpu_s, before[tid].switches) == (after[tid].cpu_s, after[tid].switches)
-            for tid in before
-        )
-    )
-
-
 def signal_masks(pid: int, tid: int) -> SignalMasks | None:
     """Read the signal masks of one thread; None if there is no such thread."""
     text = _read(f"/proc/{pid}/task/{tid}/status")

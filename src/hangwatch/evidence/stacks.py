@@ -1,10 +1,11 @@
 """A worker's Python stacks, asked for by signal and read from its memfd.
 
-Dumping the threads of a healthy, running process can crash it (CPython issues 116008
-and 131580), and a signal that nobody catches kills. So nothing is asked without
-looking first: the block is still overdue, the signal is caught and not blocked, the
-descriptor is still the memfd that the worker registered. And the first one, which comes to
-all who are late, is ignored by a program that has taken the worker's place just then.
+A request can crash the process that it is sent to (CPython issues 116008 and 131580), runs a
+handler that the program may have installed for the signal, and ends C's sleep() early. So
+only a worker that is about to be killed is asked. A signal that nobody catches kills. So nothing
+is asked without looking first: the block is still overdue, the signal is caught and not blocked,
+the descriptor is still the memfd that the worker registered. The first request is a signal that a
+program ignores which has replaced the worker by exec a moment ago.
 """
 
 from __future__ import annotations
@@ -38,8 +39,7 @@ class Asked:
             kernel id.
         names: names of threads by ident, as far as they are known.
         is_overdue: a fresh look whether the block has not ended.
-        doomed: whether the worker is about to be killed, so that dumping all its threads
-            can do no harm any more.
+        debugger: the debugger to assume where no stacks show whether it is at work; None: none.
     """
 
     identity: Identity
@@ -49,12 +49,12 @@ class Asked:
     native_id: int
     names: dict[int, str]
     is_overdue: Callable[[], bool]
-    doomed: bool
     unasked: str | None = None
+    debugger: str | None = None
 
 
 def collect(asked: Asked) -> tuple[list[ThreadStack], list[str]]:
-    """Collect the stacks: first of the block's own thread, then of all if allowed.
+    """Collect the stacks: first of the block's own thread, then of all.
 
     Returns:
         The threads, the block's own first, and what is missing and why.
@@ -66,14 +66,10 @@ def collect(asked: Asked) -> tuple[list[ThreadStack], list[str]]:
         return [], ["Python stacks: the worker has no stack channel"]
     own, problem = _dump(asked, channel.own, [asked.native_id])
     missing = [] if problem is None else [f"the block's own stack: {problem}"]
-    everyone: list[faulthandler_text.Dumped] = []
-    if not asked.doomed and not proc.stands_still(asked.identity.pid):
-        missing.append("the other threads: the process is at work, and dumping it is not safe")
-    else:
-        tids = [asked.native_id, *proc.task_ids(asked.identity.pid)]
-        everyone, problem = _dump(asked, channel.all, tids)
-        if problem is not None:
-            missing.append(f"the other threads: {problem}")
+    tids = [asked.native_id, *proc.task_ids(asked.identity.pid)]
+    everyone, problem = _dump(asked, channel.all, tids)
+    if problem is not None:
+        missing.append(f"the other threads: {problem}")
     if (own and own[0].cut) or any(thread.cut for thread in everyone):
         missing.append("frames: faulthandler stops at 100 in a thread")
     return _merge(asked, own, everyone), missing
@@ -123,7 +119,6 @@ def _dump(
         if not asked.is_overdue():
             return [], "the block ended meanwhile"
         if signal == asked.channel.own:
-            # Which harms nobody, however late. The other one is for who is about to be killed.
             failpoint("evidence.asking")
         try:
             linux.signal_thread(pid, tid, signal)

@@ -154,6 +154,30 @@ class Incident:
         harmless = self.verdict.ladder.on_expiry is OnExpiry.REPORT
         return not (harmless or self._around.settings.kill_debugged)
 
+    def _is_about_to_be_killed(self) -> bool:
+        ladder = self.verdict.ladder
+        # Another signal may be one that the worker handles, and lives on.
+        return ladder.on_expiry is OnExpiry.REAP and ladder.first in (
+            signal.SIGTERM,
+            signal.SIGKILL,
+        )
+
+    def _why_unasked(self) -> str | None:
+        """Say why the worker is not asked for its stacks; None: it is."""
+        if not self._around.settings.stacks:
+            return "the watcher was told not to ask"
+        if not self._is_about_to_be_killed():
+            return "only a worker that is about to be killed is asked: a request can disturb it"
+        return None
+
+    def _assumed_debugger(self) -> str | None:
+        """Name the debugger that may be at work in a worker that is not asked for its stacks."""
+        if self._is_about_to_be_killed() or not self._asks_for_debuggers():
+            return None
+        if not self.verdict.worker.reader.debugger_is_loaded():
+            return None
+        return "bdb or pydevd is loaded, and may be at work"
+
     def _gather(self) -> Course:
         # Where many hang at once somebody may be debugging one of them: it is worth a wait.
         is_our_turn = yield from self._around.clock.wait(
@@ -172,10 +196,8 @@ class Incident:
             native_id=verdict.case.scope.thread.native_id,
             names=verdict.names,
             is_overdue=lambda: worker.reader.is_still(verdict.found),
-            # Another signal may be one that the worker handles, and lives on.
-            doomed=verdict.ladder.on_expiry is OnExpiry.REAP
-            and verdict.ladder.first in (signal.SIGTERM, signal.SIGKILL),
-            unasked=None if self._around.settings.stacks else "the watcher was told not to ask",
+            unasked=self._why_unasked(),
+            debugger=self._assumed_debugger(),
         )
         try:
             helper = self._around.start_helper(
@@ -199,6 +221,7 @@ class Incident:
             self._debugger, self._evidence = _unpacked(helper.result)
 
     def _is_spared_as_debugged(self) -> bool:
+        self._debugger = self._debugger or self._assumed_debugger()
         return self._debugger is not None and self._asks_for_debuggers()
 
     def _act(self) -> Generator[float, None, Outcome]:

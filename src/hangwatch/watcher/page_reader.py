@@ -110,6 +110,10 @@ class PageReader:
         self._memory.release()
         self._mapping.close()
 
+    def debugger_is_loaded(self) -> bool:
+        """Tell whether a Python debugger was loaded into the worker."""
+        return self._words[page.DEBUGGER_LOADED] != 0.0
+
     def promise(self, until: float) -> None:
         """Tell the worker when its page will be looked at next; 0 asks for every ring."""
         self._words[page.WATCH_UNTIL] = until

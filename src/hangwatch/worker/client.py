@@ -11,7 +11,7 @@ from time import monotonic
 
 from hangwatch import linux, page
 from hangwatch.errors import HangwatchError, NotConfiguredError
-from hangwatch.worker import connection, soft_ending, stack_channel
+from hangwatch.worker import connection, debugger_notice, soft_ending, stack_channel
 from hangwatch.worker.blocks import PausingBlock
 from hangwatch.worker.connection import WatcherSocket
 from hangwatch.worker.labels import labels_from
@@ -70,6 +70,9 @@ class WorkerClient:
             with self._making:
                 if self._page is None:
                     self._page = PageWriter(self.ring, self._warn_full)
+                    debugger_notice.call_when_loaded(_note_debugger)
+                    if debugger_notice.is_loaded():
+                        _note_debugger()
         return self._page
 
     def choose(self, key: Hashable, after: object, limit: float, scope: Scope) -> Slot | Block:
@@ -225,6 +228,13 @@ def all_slots() -> list[Slot]:
     """Return the slots of this process, of all clients and threads."""
     pages = [client._page for client in list(_clients)]
     return [slot for page in pages if page is not None for slot in page.all_slots()]
+
+
+def _note_debugger() -> None:
+    """Say in every page of this process that a debugger is loaded."""
+    for client in list(_clients):
+        if client._page is not None:
+            client._page.words[page.DEBUGGER_LOADED] = 1.0
 
 
 def _after_fork() -> None:

@@ -42,7 +42,6 @@ _ASKED = stacks.Asked(
     native_id=4242,
     names={IDENT: "MainThread"},
     is_overdue=lambda: True,
-    doomed=True,
 )
 _CASE = Case(
     time.time(),
