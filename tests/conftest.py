@@ -74,10 +74,27 @@ def start_watcher() -> Iterator[StartWatcher]:
 
 
 @pytest.fixture(scope="session")
-def watcher() -> Iterator[RunningWatcher]:
-    """One watcher that many tests share."""
+def watcher_with() -> Iterator[StartWatcher]:
+    """Return a watcher with certain options, which all tests that ask for the same ones share.
+
+    They don't harm it, and look for reports of their own workers alone.
+    """
+    shared: dict[str, RunningWatcher] = {}
     with _watchers() as start:
-        yield start()
+
+        def with_options(**options: Any) -> RunningWatcher:
+            key = repr(sorted(options.items()))
+            if key not in shared:
+                shared[key] = start(**options)
+            return shared[key]
+
+        yield with_options
+
+
+@pytest.fixture(scope="session")
+def watcher(watcher_with: StartWatcher) -> RunningWatcher:
+    """Return the watcher with the default options, which many tests share."""
+    return watcher_with()
 
 
 @pytest.fixture(autouse=True)

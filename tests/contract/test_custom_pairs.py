@@ -22,7 +22,7 @@ import pytest
 from hangwatch import TimerRequest
 from support.namespaces import run_alone
 from support.processes import is_alive, open_files
-from support.watchers import PATIENCE, wait_until
+from support.watchers import LIMIT, wait_until
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "datagram_pair.py"
@@ -133,7 +133,7 @@ while True:
 """)
     expect(worker, "ready")
     seen = 0
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + LIMIT
     while seen < 2000:
         size = queue.size()
         taken = queue.get(size, 0)
@@ -197,7 +197,7 @@ with expires(1, "work", client):
     server = pair.DatagramTimerServer(queue, 0.05)
     server.start()
     expect(hung, "ready")
-    assert hung.wait(PATIENCE) == -9
+    assert hung.wait(LIMIT) == -9
     # The time of the one that left was up before that of the one that hung.
     assert is_alive(left.pid)
     wait_until(lambda: server._timers == {left.pid: []}, "that only the living are held")
@@ -237,7 +237,7 @@ os._exit(0)
 """)
     server = pair.DatagramTimerServer(queue, 0.05)
     server.start()
-    assert worker.wait(PATIENCE) == -9
+    assert worker.wait(LIMIT) == -9
     server.stop()
 
 
@@ -250,7 +250,7 @@ except OSError as error:
 assert not any(client._flags.values())
 """)
     expect(worker, "FileNotFoundError")
-    assert worker.wait(PATIENCE) == 0
+    assert worker.wait(LIMIT) == 0
 
 
 def test_no_request_names_another_process(queue: Any, workers: Any) -> None:

@@ -14,8 +14,8 @@ import pytest
 
 import hangwatch
 from hangwatch import RequestQueue, TimerClient, TimerRequest, TimerServer
-from support.pairs import SPAWN
-from support.watchers import PATIENCE, wait_until
+from support.pairs import CONTEXT
+from support.watchers import LIMIT, wait_until
 
 PAST = 1.0
 RELEASE = -1.0
@@ -183,7 +183,7 @@ def test_stop_does_not_wait_for_a_queue_that_waits_for_a_minute() -> None:
     took = time.monotonic() - before
     queue.put(past("x"))  # for the thread to end
     wait_until(lambda: not threads_of(server), "the end of its thread")
-    assert took < PATIENCE / 4
+    assert took < LIMIT / 4
 
 
 def test_nobody_is_reaped_after_stop_returned() -> None:
@@ -194,7 +194,7 @@ def test_nobody_is_reaped_after_stop_returned() -> None:
     (thread,) = threads_of(server)
     server.stop()
     queue.put(past("x"))
-    thread.join(PATIENCE)
+    thread.join(LIMIT)
     assert not thread.is_alive()
     # What it took from the queue is not lost, since a server may start again.
     assert server.registered == [past("x")]
@@ -296,7 +296,7 @@ def test_overriding_acquire_alone_of_a_client_of_ours() -> None:
             calls.append(scope_id)
             super().acquire(scope_id, expiration_time)
 
-    queue = SPAWN.Queue()
+    queue = CONTEXT.Queue()
     # With a watcher beside it: nothing may go round the method.
     server = hangwatch.LocalTimerServer(queue, report_dir=None)
     with started(server):
@@ -310,7 +310,7 @@ def test_overriding_acquire_alone_of_a_client_of_ours() -> None:
     for scope in "cd":
         with hangwatch.expires(60, scope):
             pass
-    requests = [queue.get(timeout=PATIENCE) for _ in range(4)]
+    requests = [queue.get(timeout=LIMIT) for _ in range(4)]
     assert [(one.worker_id, one.scope_id, one.expiration_time > 0) for one in requests] == [
         (os.getpid(), scope, armed) for scope in "cd" for armed in (True, False)
     ]

@@ -35,7 +35,7 @@ from docs.fences import (
     undefined_names,
     without_numbers,
 )
-from support.watchers import PATIENCE, StartWatcher, wait_until
+from support.watchers import LIMIT, StartWatcher, wait_until
 
 QUOTED = {"docs/custom-pairs.md": "examples/datagram_pair.py"}
 """Pages whose blocks are quotations of a script that has tests of its own (tests/contract)."""
@@ -134,7 +134,7 @@ def finish(worker: subprocess.Popen[str], fence: Fence, report_dir: Path) -> tup
         typed = fence.marker.get("types")
         if typed is not None:
             wait_until(lambda: outcomes_in(report_dir), f"a report of {fence}")
-        return worker.communicate(None if typed is None else f"{typed}\n", timeout=PATIENCE)
+        return worker.communicate(None if typed is None else f"{typed}\n", timeout=LIMIT)
     finally:
         worker.kill()
         worker.communicate()
@@ -209,7 +209,7 @@ def run_commands(fence: Fence, folder: Path) -> None:
         start_new_session=True,
     )
     try:
-        printed = shell.communicate(timeout=PATIENCE)[0]
+        printed = shell.communicate(timeout=LIMIT)[0]
     except subprocess.TimeoutExpired:
         os.killpg(shell.pid, signal.SIGTERM)  # `hangwatch run` ends its watcher
         raise

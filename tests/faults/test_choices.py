@@ -31,7 +31,7 @@ except hangwatch.TimerExpired:
 
 def hang(watcher: RunningWatcher, seconds: float = 1000, **choices: Any) -> tuple[int, str, str]:
     """Overrun a block with such choices; return status, output, and the report's outcome."""
-    worker = watcher.python("-c", HANG, repr(choices), str(seconds))
+    worker = watcher.worker(HANG, repr(choices), str(seconds))
     out, _ = worker.communicate(timeout=40)
     return worker.returncode, out, watcher.report(pid=worker.pid)["outcome"]
 
@@ -84,9 +84,7 @@ def test_run_with_on_expiry_report_never_kills(tmp_path: Path) -> None:
     ("stacks", "why"),
     [(True, "only a worker that is about to be killed is asked"), (False, "told not to ask")],
 )
-def test_report_sends_no_signal_at_all(
-    start_watcher: StartWatcher, stacks: bool, why: str
-) -> None:
+def test_report_sends_no_signal_at_all(start_watcher: StartWatcher, stacks: bool, why: str) -> None:
     watcher = start_watcher(on_expiry="report", stacks=stacks)
     script = """
 import signal, time, hangwatch
@@ -95,7 +93,7 @@ signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 with hangwatch.expires(0.3, "deaf"): time.sleep(5)
 print(signal.sigpending())
 """
-    worker = watcher.python("-c", script)
+    worker = watcher.worker(script)
     out, _ = worker.communicate(timeout=30)
     assert out == "set()\n"
     report = watcher.report(pid=worker.pid)
@@ -144,8 +142,7 @@ def test_options_of_a_server_are_checked() -> None:
 
 def test_the_report_names_the_whole_chain_of_open_scopes(watcher: RunningWatcher) -> None:
     """The outer block overruns because of what hangs inside of it: the report says where."""
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         """
 import threading, time, hangwatch
 def other():
@@ -166,8 +163,7 @@ with hangwatch.expires(60, "epoch"), hangwatch.expires(0.5, "step"):
 
 
 def test_the_chain_of_an_asyncio_task_is_its_own(watcher: RunningWatcher) -> None:
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         """
 import asyncio, hangwatch
 async def task(n, after):
@@ -185,8 +181,7 @@ asyncio.run(main())
 
 
 def test_a_renewed_block_that_overruns(watcher: RunningWatcher) -> None:
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         """
 import time, hangwatch
 with hangwatch.expires(0.5, "heart") as timer:
@@ -206,8 +201,7 @@ with hangwatch.expires(0.5, "heart") as timer:
 
 
 def test_who_renews_or_cancels_in_time_lives(watcher: RunningWatcher) -> None:
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         """
 import threading, time, hangwatch
 with hangwatch.expires(1.0, "renewed") as timer:
@@ -240,7 +234,7 @@ with hangwatch.expires(0.5, "family", grace=0.2): time.sleep(1000)
 
 def test_descendants_are_found_before_the_first_step(watcher: RunningWatcher) -> None:
     """The worker dies of SIGTERM, and its child would be nobody's: it was found before."""
-    worker = watcher.python("-c", TREE)
+    worker = watcher.worker(TREE)
     assert worker.stdout is not None
     child = int(worker.stdout.readline())
     assert worker.wait(30) == -15
@@ -290,7 +284,7 @@ os._exit(0)
 """
     statuses = {}
     for late in (0.004, 0.008, 0.015, 0.03, 0.06):
-        worker = watcher.python("-c", script, str(late))
+        worker = watcher.worker(script, str(late))
         worker.communicate(timeout=30)
         statuses[worker.pid] = worker.returncode
     watcher.server.stop()

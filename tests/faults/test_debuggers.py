@@ -24,7 +24,7 @@ look_here()
 def at_prompt(watcher: RunningWatcher, then: float = 0.0) -> subprocess.Popen[str]:
     path = watcher.report_dir.parent / "debugged.py"
     path.write_text(PDB)
-    worker = watcher.python(path, str(then), stdin=subprocess.PIPE)
+    worker = watcher.interpreter(path, str(then), stdin=subprocess.PIPE)
     assert worker.stdout is not None
     while "->" not in (line := worker.stdout.readline()):
         assert line
@@ -69,7 +69,7 @@ def test_kill_debugged(start_watcher: StartWatcher) -> None:
 def test_who_is_traced_is_not_even_asked_for_its_stacks(start_watcher: StartWatcher) -> None:
     watcher = start_watcher()
     script = "import time, hangwatch\nwith hangwatch.expires(0.5, 'traced'): time.sleep(1000)"
-    worker = watcher.python("-c", script)
+    worker = watcher.worker(script)
     tracer = subprocess.Popen(
         ["strace", "-q", "-p", str(worker.pid), "-o", "/dev/null"], stderr=subprocess.DEVNULL
     )
@@ -120,7 +120,7 @@ with hangwatch.expires(0.5, "soft", {choice}):
     sys.stdin.readline()
 print("went on")
 """
-    worker = watcher.python("-c", script, stdin=subprocess.PIPE)
+    worker = watcher.worker(script, stdin=subprocess.PIPE)
     report = watcher.report(pid=worker.pid)
     out, _ = worker.communicate("\n", timeout=30)
     assert (worker.returncode, out) == (0, "went on\n")

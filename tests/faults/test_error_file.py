@@ -35,7 +35,7 @@ with hangwatch.expires(0.3, "hangs"): stuck_here()
 
 def start(watcher: RunningWatcher, script: str, path: Path) -> subprocess.Popen[str]:
     environment = watcher.environment(TORCHELASTIC_ERROR_FILE=str(path), RANK="3")
-    return watcher.python("-c", script, env=environment)
+    return watcher.worker(script, env=environment)
 
 
 def hang(watcher: RunningWatcher, path: Path) -> str:
@@ -115,8 +115,7 @@ try:
 except Stop: pass
 sys.stdin.read()
 """
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         script,
         env=watcher.environment(TORCHELASTIC_ERROR_FILE=str(path)),
         stdin=subprocess.PIPE,
@@ -138,8 +137,8 @@ sys.stdin.read()
 def test_a_relative_path_is_meant_from_where_the_worker_armed(
     watcher: RunningWatcher, tmp_path: Path
 ) -> None:
-    worker = watcher.python(
-        "-c", HANGS, env=watcher.environment(TORCHELASTIC_ERROR_FILE="error.json"), cwd=tmp_path
+    worker = watcher.worker(
+        HANGS, env=watcher.environment(TORCHELASTIC_ERROR_FILE="error.json"), cwd=tmp_path
     )
     worker.communicate(timeout=30)
     assert "stuck_here" in (tmp_path / "error.json").read_text()
@@ -207,7 +206,7 @@ def test_what_is_no_file_or_in_no_folder_does_no_harm(watcher: RunningWatcher, p
 
 
 def test_an_empty_path_is_none(watcher: RunningWatcher) -> None:
-    worker = watcher.python("-c", HANGS, env=watcher.environment(TORCHELASTIC_ERROR_FILE=""))
+    worker = watcher.worker(HANGS, env=watcher.environment(TORCHELASTIC_ERROR_FILE=""))
     worker.communicate(timeout=30)
     assert said_of_the_file(watcher.report(pid=worker.pid)) == []
 

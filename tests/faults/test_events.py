@@ -65,7 +65,7 @@ def heard(tmp_path: Path) -> Any:
 )
 def test_a_worker_s_whole_story(heard: Heard, arguments: list[str], kinds: list[str]) -> None:
     environment = heard.watcher.environment(RANK="3")
-    worker = heard.watcher.python("-c", HANG, *arguments, env=environment)
+    worker = heard.watcher.worker(HANG, *arguments, env=environment)
     worker.communicate(timeout=30)
     heard.server.stop()
     assert sorted(heard.kinds(worker.pid)) == sorted(kinds), heard.events
@@ -83,7 +83,7 @@ def test_a_worker_s_whole_story(heard: Heard, arguments: list[str], kinds: list[
 
 def test_a_watcher_that_was_replaced(heard: Heard) -> None:
     script = "import hangwatch, sys\nwith hangwatch.expires(60): sys.stdin.read()"
-    worker = heard.watcher.python("-c", script, stdin=subprocess.PIPE)
+    worker = heard.watcher.worker(script, stdin=subprocess.PIPE)
     wait_until(lambda: "joined" in heard.kinds(), "the worker")
     before = heard.watcher.pid
     os.kill(before, signal.SIGKILL)
@@ -96,7 +96,7 @@ def test_a_watcher_that_was_replaced(heard: Heard) -> None:
 
 def test_who_left_while_nobody_watched(heard: Heard) -> None:
     script = "import hangwatch, sys\nwith hangwatch.expires(60): sys.stdin.read()"
-    worker = heard.watcher.python("-c", script, stdin=subprocess.PIPE)
+    worker = heard.watcher.worker(script, stdin=subprocess.PIPE)
     wait_until(lambda: "joined" in heard.kinds(), "the worker")
     watcher = heard.watcher.pid
     os.kill(watcher, signal.SIGSTOP)
@@ -133,7 +133,7 @@ def test_a_callback_that_fails_or_dawdles_harms_nobody(
     )
     server.start()
     watcher = RunningWatcher(server, tmp_path / "reports")
-    worker = watcher.python("-c", HANG, "reap")
+    worker = watcher.worker(HANG, "reap")
     worker.communicate(timeout=30)
     server.stop()
     assert worker.returncode == -9

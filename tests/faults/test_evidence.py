@@ -14,7 +14,7 @@ from support.watchers import RunningWatcher, StartWatcher
 
 def hang(watcher: RunningWatcher, script: str, status: int = -9) -> dict[str, Any]:
     """Run a script until it ends, and return its report."""
-    worker = watcher.python("-c", script)
+    worker = watcher.worker(script)
     out, _ = worker.communicate(timeout=30)
     assert worker.returncode == status, out
     return watcher.report(pid=worker.pid)
@@ -80,7 +80,7 @@ with hangwatch.expires(0.3, "closed"): time.sleep(1000)
 
 def test_a_reused_descriptor_is_never_written_to(watcher: RunningWatcher, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
-    worker = watcher.python("-c", CLOSED, checkpoint)
+    worker = watcher.worker(CLOSED, checkpoint)
     worker.communicate(timeout=30)
     report = watcher.report(pid=worker.pid)
     assert worker.returncode == -9
@@ -163,8 +163,7 @@ def test_who_becomes_another_program_when_it_is_asked_lives(
     with monkeypatch.context() as patch:
         patch.setenv(failpoints.VARIABLE, "evidence.asking=sleep:1.5")
         watcher = start_watcher()
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         """
 import os, time, hangwatch
 with hangwatch.expires(0.3, "late"): time.sleep(1)
@@ -178,8 +177,7 @@ os.execvp("sleep", ["sleep", "3"])
 
 def test_one_report_a_block_when_only_reporting(start_watcher: StartWatcher) -> None:
     watcher = start_watcher(on_expiry="report")
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         """
 import time, hangwatch
 for _ in range(2):
@@ -213,7 +211,7 @@ with tempfile.TemporaryDirectory() as folder:
     server = hangwatch.SharedMemoryTimerServer(report_dir=folder)
     server.start()
     watcher = RunningWatcher(server, Path(folder))
-    worker = watcher.python("-c", WORKER)
+    worker = watcher.worker(WORKER)
     time.sleep(3)
     assert worker.poll() is None, f"the other program was killed: {worker.returncode}"
     report = watcher.report(pid=worker.pid)

@@ -46,7 +46,7 @@ def go_on(*pids: int) -> None:
 
 
 def start(watcher: RunningWatcher, script: str) -> subprocess.Popen[str]:
-    worker = watcher.python("-c", script, stdin=subprocess.PIPE)
+    worker = watcher.worker(script, stdin=subprocess.PIPE)
     assert worker.stdout is not None
     assert worker.stdout.readline() == "in\n"
     return worker

@@ -18,8 +18,7 @@ def watcher(start_watcher: StartWatcher) -> RunningWatcher:
 
 
 def test_who_stays_outside_of_every_block_has_expired(watcher: RunningWatcher) -> None:
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         """
 import time, hangwatch
 def stuck_outside(): time.sleep(1000)
@@ -70,7 +69,7 @@ thread = threading.Thread(target=work); thread.start(); thread.join()
 
 @pytest.mark.parametrize("body", HEALTHY.values(), ids=HEALTHY.keys())
 def test_who_makes_progress_lives(watcher: RunningWatcher, body: str) -> None:
-    worker = watcher.python("-c", f"import threading, time, hangwatch\n{body}")
+    worker = watcher.worker(f"import threading, time, hangwatch\n{body}")
     worker.communicate(timeout=30)
     assert worker.returncode == 0
     assert watcher.reports() == []
@@ -79,8 +78,7 @@ def test_who_makes_progress_lives(watcher: RunningWatcher, body: str) -> None:
 def test_a_block_entered_at_the_last_moment_saves(start_watcher: StartWatcher) -> None:
     """The verdict is void as soon as the worker enters a block, whichever step comes next."""
     watcher = start_watcher(gap=0.5, grace=0.7)
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         """
 import signal, time, hangwatch
 def back_to_work(*_):
@@ -101,8 +99,7 @@ timer.__exit__(None, None, None)
 
 def test_only_reported_it_is_said_once_until_there_is_progress(start_watcher: StartWatcher) -> None:
     watcher = start_watcher(gap=0.5, on_expiry="report")
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         """
 import time, hangwatch
 for _ in range(2):
@@ -135,8 +132,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
 
 def test_it_costs_the_worker_no_ring(watcher: RunningWatcher) -> None:
     """Looks for the gap promise the worker nothing new: see its page's watch_until."""
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         """
 import os, time, hangwatch
 from hangwatch import page

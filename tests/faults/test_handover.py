@@ -59,7 +59,7 @@ def served(start_watcher: StartWatcher) -> RunningWatcher:
 
 def start(watcher: RunningWatcher, script: str, *arguments: str) -> subprocess.Popen[str]:
     """Start a worker; return when it is inside of its block."""
-    worker = watcher.python("-c", script, *arguments, stderr=subprocess.PIPE)
+    worker = watcher.worker(script, *arguments, stderr=subprocess.PIPE)
     assert worker.stdout is not None
     assert worker.stdout.readline() == "in\n"
     return worker
@@ -140,8 +140,7 @@ def test_a_deadline_after_the_gap_is_kept(served: RunningWatcher) -> None:
 
 
 def test_who_armed_while_nobody_watched_is_watched(served: RunningWatcher) -> None:
-    worker = served.python(
-        "-c",
+    worker = served.worker(
         "import sys, time, hangwatch\n"
         "with hangwatch.expires(30, 'first'): print('in', flush=True)\n"
         "sys.stdin.readline()\n"
@@ -177,8 +176,7 @@ def test_a_program_that_an_exec_replaced_while_nobody_watched_overruns_nothing(
     served: RunningWatcher,
 ) -> None:
     """It rang, and nobody has read that yet."""
-    worker = served.python(
-        "-c",
+    worker = served.worker(
         "import os, sys, time, hangwatch\nwith hangwatch.expires(9, 'first'): pass\n"
         "print('ready', flush=True)\nsys.stdin.readline()\n"
         "hangwatch.expires(0.3, 'armed').__enter__()\n"

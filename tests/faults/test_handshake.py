@@ -42,7 +42,7 @@ with hangwatch.expires(after=0.3, scope="at last"):
 @pytest.fixture
 def served(watcher: RunningWatcher) -> Iterator[RunningWatcher]:
     """A watcher with a healthy worker that must still be watched afterwards."""
-    worker = watcher.python("-c", HEALTHY, stdin=subprocess.PIPE)
+    worker = watcher.worker(HEALTHY, stdin=subprocess.PIPE)
     assert worker.stdout is not None
     assert worker.stdin is not None
     worker.stdout.readline()
@@ -213,7 +213,7 @@ def test_many_newcomers_at_once_are_all_served(served: RunningWatcher) -> None:
 
 def test_who_rings_for_ever_gets_slow_service_not_the_cpu(start_watcher: StartWatcher) -> None:
     watcher = start_watcher()
-    healthy = watcher.python("-c", HEALTHY, stdin=subprocess.PIPE)
+    healthy = watcher.worker(HEALTHY, stdin=subprocess.PIPE)
     assert healthy.stdout is not None
     healthy.stdout.readline()
     ticks = os.sysconf("SC_CLK_TCK")
@@ -385,8 +385,7 @@ class TestAddresses:
             "while True:\n"
             "    with hangwatch.expires(0.5, 'later'): time.sleep(0.6)\n"
         )
-        worker = watcher.python(
-            "-c",
+        worker = watcher.worker(
             script,
             env={**os.environ, "HANGWATCH_ADDRESS": str(late)},
             stdin=subprocess.PIPE,

@@ -24,8 +24,7 @@ def actions(report: dict[str, Any]) -> list[str]:
 
 
 def test_sigkill_at_once_without_a_grace(watcher: RunningWatcher) -> None:
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         """
 import signal, time, hangwatch
 signal.signal(signal.SIGTERM, lambda *_: print("SIGTERM", flush=True))
@@ -39,8 +38,7 @@ with hangwatch.expires(0.3, "no grace"): time.sleep(1000)
 
 def test_sigterm_and_a_grace_for_who_ends_by_itself(start_watcher: StartWatcher) -> None:
     watcher = start_watcher(grace=20)
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         """
 import signal, sys, time, hangwatch
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
@@ -58,8 +56,7 @@ def test_who_leaves_the_block_on_sigterm_and_goes_on_is_left_alone(
     start_watcher: StartWatcher,
 ) -> None:
     watcher = start_watcher(grace=1)
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         """
 import signal, sys, time, hangwatch
 class Stop(Exception): pass
@@ -81,8 +78,7 @@ time.sleep(2)
 
 def test_sigkill_after_the_grace_for_who_ignores_sigterm(start_watcher: StartWatcher) -> None:
     watcher = start_watcher(grace=0.5)
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         """
 import signal, time, hangwatch
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -108,7 +104,7 @@ time.sleep(0.3)
 """
     workers = {}
     for late in (0.004, 0.008, 0.015, 0.03, 0.06):
-        worker = watcher.python("-c", script, str(late))
+        worker = watcher.worker(script, str(late))
         worker.communicate(timeout=30)
         workers[worker.pid] = worker.returncode
     watcher.server.stop()
@@ -138,7 +134,7 @@ def test_descendants_are_killed_with_their_worker_unless_told_not_to(
     start_watcher: StartWatcher, tree: bool
 ) -> None:
     watcher = start_watcher(tree=tree)
-    worker = watcher.python("-c", FAMILY, stderr=subprocess.DEVNULL)
+    worker = watcher.worker(FAMILY, stderr=subprocess.DEVNULL)
     assert worker.stdout is not None
     family = [int(pid) for pid in worker.stdout.readline().split()]
     assert worker.wait(30) == -9
@@ -179,7 +175,7 @@ with tempfile.TemporaryDirectory() as folder:
     with hangwatch.serve(report_dir=folder) as server:
         # The watcher itself descends from this process, which is a worker as well.
         watcher = RunningWatcher(server, Path(folder))
-        worker = watcher.python("-c", WORKER)
+        worker = watcher.worker(WORKER)
         child, grandchild, other = map(int, worker.stdout.readline().split())
         assert worker.wait(20) == -9
         report = watcher.report(pid=worker.pid)
@@ -251,7 +247,7 @@ with connect(sys.argv[1]) as connection:
 
 
 def test_a_worker_that_the_fence_does_not_reach_is_swept(watcher: RunningWatcher) -> None:
-    worker = watcher.python("-c", UNFENCED, watcher.address, *filter(None, sys.path))
+    worker = watcher.worker(UNFENCED, watcher.address, *filter(None, sys.path))
     worker.communicate(timeout=30)
     assert worker.returncode == -9
     assert watcher.report(pid=worker.pid)["scope"]["late_s"] < 5
@@ -280,9 +276,7 @@ with connect(sys.argv[1]) as connection:
 def test_a_block_whose_deadline_has_moved_is_judged_anew(start_watcher: StartWatcher) -> None:
     """As one does whose first ring took longer than its limit; the entry is the same."""
     watcher = start_watcher(on_expiry="report")
-    worker = watcher.python(
-        "-c", MOVED, watcher.address, *filter(None, sys.path), stdin=subprocess.PIPE
-    )
+    worker = watcher.worker(MOVED, watcher.address, *filter(None, sys.path), stdin=subprocess.PIPE)
     assert worker.stdin is not None
     for count in (1, 2):
         wait_until(lambda count=count: len(watcher.reports()) == count, f"report {count}")  # type: ignore[misc]
@@ -296,7 +290,7 @@ def test_a_block_whose_deadline_has_moved_is_judged_anew(start_watcher: StartWat
 def test_many_hangs_at_once_are_all_ended(start_watcher: StartWatcher) -> None:
     watcher = start_watcher()
     script = "import time, hangwatch\nwith hangwatch.expires(1.5, 'many'): time.sleep(1000)"
-    workers = [watcher.python("-c", script) for _ in range(12)]
+    workers = [watcher.worker(script) for _ in range(12)]
     for worker in workers:
         worker.communicate(timeout=40)
         assert worker.returncode == -9
@@ -325,8 +319,7 @@ class TestFrozen:
         self, start_watcher: StartWatcher, freezer: Path
     ) -> None:
         watcher = start_watcher()
-        worker = watcher.python(
-            "-c",
+        worker = watcher.worker(
             "import time, hangwatch\n"
             "with hangwatch.expires(2, 'frozen'):\n    print('in', flush=True); time.sleep(1000)",
         )
@@ -350,8 +343,7 @@ def test_a_watcher_with_no_descriptor_left_still_kills(
 ) -> None:
     watcher = start_watcher()
     pid = watcher.pid
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         "import time, hangwatch\n"
         "with hangwatch.expires(1.5, 'x'):\n    print('in', flush=True); time.sleep(1000)",
     )
@@ -370,8 +362,8 @@ def test_a_report_folder_that_can_t_be_written(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     watcher = start_watcher(report_dir=tmp_path / "file" / "reports")
-    worker = watcher.python(
-        "-c", "import time, hangwatch\nwith hangwatch.expires(0.3, 'x'): time.sleep(1000)"
+    worker = watcher.worker(
+        "import time, hangwatch\nwith hangwatch.expires(0.3, 'x'): time.sleep(1000)"
     )
     worker.communicate(timeout=30)
     assert worker.returncode == -9, "the kill still happens"
@@ -390,8 +382,7 @@ def test_a_ring_that_outlasts_the_limit_costs_no_deadline(
 ) -> None:
     """The first deadline passes while it rings, and may be found; the later one must be."""
     watcher = start_watcher(on_expiry="report")
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         f"""
 import time, hangwatch
 from hangwatch.worker.client import WorkerClient
@@ -423,8 +414,8 @@ def test_reports_that_wait_for_a_grace_hold_up_no_other(start_watcher: StartWatc
         "with hangwatch.expires(0.3, 'deaf'): time.sleep(1000)"
     )
     gentle = "import time, hangwatch\nwith hangwatch.expires(2, 'gentle'): time.sleep(1000)"
-    workers = [watcher.python("-c", deaf) for _ in range(4)]
-    last = watcher.python("-c", gentle)
+    workers = [watcher.worker(deaf) for _ in range(4)]
+    last = watcher.worker(gentle)
     assert last.wait(30) == -signal.SIGTERM
     assert watcher.report(pid=last.pid)["outcome"] == "reaped"
     assert [worker.poll() for worker in workers] == [None] * 4, "they are in their grace still"

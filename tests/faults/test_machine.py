@@ -42,7 +42,7 @@ with hangwatch.expires(after=float(sys.argv[1]), scope="hangs"):
 
 def start_healthy(watcher: RunningWatcher, **options: object) -> Callable[[], None]:
     """Start a worker that must never be hurt; what is returned asserts that it was not."""
-    worker = watcher.python("-c", HEALTHY, stdin=subprocess.PIPE, **options)
+    worker = watcher.worker(HEALTHY, stdin=subprocess.PIPE, **options)
 
     def check() -> None:
         assert worker.poll() is None, "the healthy worker was hurt"
@@ -54,7 +54,7 @@ def start_healthy(watcher: RunningWatcher, **options: object) -> Callable[[], No
 
 def hang(watcher: RunningWatcher, after: float = 0.3, **options: object) -> subprocess.Popen[str]:
     """Start a worker that hangs; return it once it is inside of its block."""
-    worker = watcher.python("-c", HANGS, str(after), **options)
+    worker = watcher.worker(HANGS, str(after), **options)
     assert worker.stdout is not None
     worker.stdout.readline()
     worker.stdout.close()
@@ -108,7 +108,7 @@ with hangwatch.expires(60, "x"):
 resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
 print(done)
 """
-    worker = watcher.python("-c", script, stderr=subprocess.PIPE)
+    worker = watcher.worker(script, stderr=subprocess.PIPE)
     out, err = worker.communicate(timeout=20)
     assert (worker.returncode, out) == (0, "True\n"), err
     assert err.count("hangwatch: no page of timers can be made") == 1
@@ -134,7 +134,7 @@ print("well", flush=True)
 with hangwatch.expires(0.3, "at last"):
     time.sleep(1000)
 """
-    worker = watcher.python("-c", script, stderr=subprocess.PIPE)
+    worker = watcher.worker(script, stderr=subprocess.PIPE)
     out, err = worker.communicate(timeout=20)
     assert (worker.returncode, out) == (-signal.SIGKILL, "well\n"), err
     assert err.count("runs on unwatched") >= 1
@@ -244,7 +244,7 @@ def test_no_children_file_is_needed(start_watcher: StartWatcher, tmp_path: Path)
         "with hangwatch.expires(1.5, 'hangs'): time.sleep(1000)\n"
     )
     watcher = start_watcher()
-    worker = watcher.python("-c", script)
+    worker = watcher.worker(script)
     assert worker.stdout is not None
     grandchild = int(worker.stdout.readline())
     trace = tmp_path / "trace"
@@ -281,7 +281,7 @@ while time.monotonic() < end:
     with hangwatch.expires(after=3, scope="steady"):
         time.sleep(0.01)
 """
-    workers = [watcher.python("-c", steady) for _ in range(4)]
+    workers = [watcher.worker(steady) for _ in range(4)]
     hangs = hang(watcher, 0.5)
     for worker in workers:
         worker.communicate(timeout=50)
@@ -336,7 +336,7 @@ print(sum(os.waitpid(child, 0)[1] == 0 for child in children), flush=True)
 def test_a_thousand_workers_connect_at_once(start_watcher: StartWatcher) -> None:
     watcher = start_watcher()
     check = start_healthy(watcher)
-    crowd = watcher.python("-c", THOUSAND, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    crowd = watcher.worker(THOUSAND, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert crowd.stdout is not None
     assert crowd.stdin is not None
     assert int(crowd.stdout.readline()) == 1000, "all are watched"
@@ -376,7 +376,7 @@ def test_a_page_that_is_filled_with_garbage_while_it_is_read(
     pid = watcher.pid
     check = start_healthy(watcher)
     environment = watcher.environment(PYTHONPATH=TESTS)
-    hostile = [watcher.python("-c", GARBAGE, watcher.address, env=environment) for _ in range(2)]
+    hostile = [watcher.worker(GARBAGE, watcher.address, env=environment) for _ in range(2)]
     hangs = hang(watcher)
     assert hangs.wait(30) == -signal.SIGKILL
     for one in hostile:

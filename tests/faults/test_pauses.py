@@ -161,7 +161,7 @@ print("survived")
 
 
 def test_nobody_is_judged_during_a_pause(watcher: RunningWatcher) -> None:
-    worker = watcher.python("-c", HEALTHY)
+    worker = watcher.worker(HEALTHY)
     out, _ = worker.communicate(timeout=30)
     assert (worker.returncode, out) == (0, "survived\n")
     assert [r for r in watcher.reports() if r["worker"]["pid"] == worker.pid] == []
@@ -169,8 +169,7 @@ def test_nobody_is_judged_during_a_pause(watcher: RunningWatcher) -> None:
 
 def test_what_is_overdue_after_a_pause_is_found(watcher: RunningWatcher) -> None:
     """Its time is nearly used up before the pause: it falls due soon after, by itself."""
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         """
 import time, hangwatch
 with hangwatch.expires(0.6, "hangs after"):
@@ -187,8 +186,7 @@ with hangwatch.expires(0.6, "hangs after"):
 
 
 def test_a_pause_that_overruns_is_judged_itself(watcher: RunningWatcher) -> None:
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         """
 import time, hangwatch
 with hangwatch.expires(0.3, "suspended"):
@@ -210,12 +208,12 @@ with hangwatch.expires(60, "work"), hangwatch.paused("upload", after=600):
     print("paused", flush=True); sys.stdin.read()
 """
     pipes = {"stdin": subprocess.PIPE}
-    resting = watcher.python("-c", script, **pipes)
+    resting = watcher.worker(script, **pipes)
     assert resting.stdin is not None
     assert resting.stdout is not None
     assert resting.stdout.readline() == "paused\n"
-    hung = watcher.python(
-        "-c", "import time, hangwatch\nwith hangwatch.expires(3, 'h'): time.sleep(1000)"
+    hung = watcher.worker(
+        "import time, hangwatch\nwith hangwatch.expires(3, 'h'): time.sleep(1000)"
     )
     hung.communicate(timeout=30)
     report = watcher.report(pid=hung.pid)
@@ -244,7 +242,7 @@ time.sleep(0.1)
 """
     workers = {}
     for late in (0.004, 0.008, 0.015, 0.03, 0.06):
-        worker = watcher.python("-c", script, str(late))
+        worker = watcher.worker(script, str(late))
         worker.communicate(timeout=30)
         workers[worker.pid] = worker.returncode
     watcher.server.stop()
@@ -344,7 +342,7 @@ def test_pauses_now_and_then_save_nobody_who_hangs(
     start_watcher: StartWatcher, every: float
 ) -> None:
     watcher = start_watcher()
-    worker = watcher.python("-c", STARVED, str(every))
+    worker = watcher.worker(STARVED, str(every))
     worker.communicate(timeout=40)
     assert worker.returncode == -9
     watcher.server.stop()
@@ -355,8 +353,7 @@ def test_pauses_now_and_then_save_nobody_who_hangs(
 
 def test_a_pause_in_clean_up_brings_no_second_exception(start_watcher: StartWatcher) -> None:
     watcher = start_watcher(grace=20)
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         """
 import time, hangwatch
 try:
@@ -425,8 +422,7 @@ def test_a_pause_s_end_rings_for_what_is_due_before_the_watcher_looks(
     watcher: RunningWatcher,
 ) -> None:
     """While paused, the watcher promises to look when the pause is over at the latest."""
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         """
 import time, hangwatch
 with hangwatch.expires(1.0, "due soon after"):

@@ -27,7 +27,7 @@ def wait(child):
 
 
 def held(watcher: RunningWatcher, script: str) -> None:
-    worker = watcher.python("-c", PRELUDE + script, stderr=subprocess.PIPE)
+    worker = watcher.worker(PRELUDE + script, stderr=subprocess.PIPE)
     out, err = worker.communicate(timeout=40)
     assert worker.returncode == 0, out + err
     assert out.endswith("held\n")
@@ -154,9 +154,7 @@ print("held")
 def test_a_worker_that_ends_inside_of_a_block_is_no_incident(watcher: RunningWatcher) -> None:
     before = len(watcher.reports())
     for ending in ("sys.exit(0)", "os._exit(0)", "os.execvp('true', ['true'])"):
-        worker = watcher.python(
-            "-c", PRELUDE + f"hangwatch.expires(0.5, 'x').__enter__(); {ending}"
-        )
+        worker = watcher.worker(PRELUDE + f"hangwatch.expires(0.5, 'x').__enter__(); {ending}")
         worker.communicate(timeout=20)
         assert worker.returncode == 0
     subprocess.run(["sleep", "1"], check=True)
@@ -191,5 +189,5 @@ time.sleep(30)
 def test_a_timer_acquired_by_a_call_outlives_the_block_around_it(
     watcher: RunningWatcher,
 ) -> None:
-    with watcher.python("-c", STANDS_ALONE) as worker:
+    with watcher.worker(STANDS_ALONE) as worker:
         assert worker.wait(20) == -signal.SIGKILL

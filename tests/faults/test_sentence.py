@@ -71,7 +71,7 @@ def start(
 
 
 def asked(watcher: RunningWatcher, *how: str) -> tuple[subprocess.Popen[str], int]:
-    worker = watcher.python("-c", ASKED, *how)
+    worker = watcher.worker(ASKED, *how)
     assert worker.stdout is not None
     return worker, int(worker.stdout.readline())
 
@@ -100,7 +100,7 @@ def test_a_successor_that_dies_before_it_has_done_it_or_just_after(
     # The worker is dead, and the successor gets as far as the next one it takes over.
     watcher = start(start_watcher, monkeypatch, f"ladder.sent=kill@1,{at}@1")
     worker, child = asked(watcher, "sys.exit", "0")
-    other = watcher.python("-c", ASKED.replace("after=0.3", "after=60"), "recover")
+    other = watcher.worker(ASKED.replace("after=0.3", "after=60"), "recover")
     assert other.stdout is not None
     orphan = int(other.stdout.readline())
     try:
@@ -145,7 +145,7 @@ def test_who_recovered_keeps_them_also_if_it_ends_while_that_is_reported(
 def test_a_descendant_that_became_a_worker_keeps_its_own(start_watcher: StartWatcher) -> None:
     """It connects in the grace, when its parent's descendants have been found."""
     watcher = start_watcher(grace=3)
-    worker = watcher.python("-c", PARENT, CHILD)
+    worker = watcher.worker(PARENT, CHILD)
     assert worker.stdout is not None
     child, below, beside = map(int, worker.stdout.readline().split())
     try:
@@ -164,8 +164,7 @@ def test_a_reporter_that_is_killed_keeps_nobody_alive(
     start_watcher: StartWatcher, capfd: pytest.CaptureFixture[str]
 ) -> None:
     watcher = start_watcher(grace=2)
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         "import signal, time, hangwatch\n"
         "signal.signal(signal.SIGTERM, lambda *_: print('asked', flush=True))\n"
         "with hangwatch.expires(after=0.3, scope='deaf'):\n    while True: time.sleep(0.1)",
@@ -194,8 +193,7 @@ def test_who_is_overdue_still_is_reported_once(
 ) -> None:
     """The reporter of the watcher that died says nothing beside the successor's."""
     watcher = start(start_watcher, monkeypatch, "ladder.sent=kill@1", grace=2)
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         "import signal, time, hangwatch\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "with hangwatch.expires(after=0.3, scope='deaf'):\n    while True: time.sleep(0.1)",
     )

@@ -104,7 +104,7 @@ print(raised)
 def test_timer_expired_never_appears_outside_of_its_block(start_watcher: StartWatcher) -> None:
     """100,000 blocks whose end races their deadline."""
     watcher = start_watcher(grace=30)
-    worker = watcher.python("-c", RACE, "100000", "5", stderr=subprocess.PIPE)
+    worker = watcher.worker(RACE, "100000", "5", stderr=subprocess.PIPE)
     out, err = worker.communicate()
     assert (worker.returncode, err) == (0, "")
     assert 1000 < int(out) < 90_000, "some ended in time and some did not"
@@ -115,7 +115,7 @@ def outcome(
     watcher: RunningWatcher, script: str, **options: Any
 ) -> tuple[int, str, dict[str, Any]]:
     """Run a worker to its end; return its status, its output and the report of it."""
-    worker = watcher.python("-c", script)
+    worker = watcher.worker(script)
     out, _ = worker.communicate(timeout=30)
     return worker.returncode, out, watcher.report(pid=worker.pid)
 
@@ -150,8 +150,7 @@ with hangwatch.expires(60, "after"): print("goes on")
 
 def test_uncaught_it_ends_the_program_with_a_traceback(start_watcher: StartWatcher) -> None:
     watcher = start_watcher(on_expiry="raise")
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         "import time, hangwatch\nwith hangwatch.expires(0.3, 'soft'): time.sleep(1000)",
         stderr=subprocess.PIPE,
     )
@@ -262,8 +261,7 @@ print("ended by itself")
 
 
 def test_it_may_be_raised_again_for_another_interval(watcher: RunningWatcher) -> None:
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         """
 import time, hangwatch
 with hangwatch.expires(0.3, "twice", on_expiry="raise", grace=20) as timer:
@@ -309,7 +307,7 @@ asyncio.run(task())
 
 def test_a_task_is_known_also_if_asyncio_is_imported_late(start_watcher: StartWatcher) -> None:
     watcher = start_watcher(grace=20)
-    worker = watcher.python("-c", LATER_IMPORT.format(asked=", on_expiry='raise'"))
+    worker = watcher.worker(LATER_IMPORT.format(asked=", on_expiry='raise'"))
     out, _ = worker.communicate(timeout=30)
     assert (worker.returncode, out) == (0, "refused\n")
 
@@ -341,8 +339,7 @@ def test_other_threads_are_reaped_and_the_report_says_why(start_watcher: StartWa
 
 
 def test_asked_for_where_it_cannot_be_had_it_is_refused(watcher: RunningWatcher) -> None:
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         """
 import asyncio, threading, hangwatch
 def enter(where):

@@ -80,8 +80,8 @@ def test_the_watcher_at_a_step(
         faults = ["incident.begun=kill@1", f"{step}={how}@{2 if step in FROM_THE_START else 1}"]
     watcher = start(start_watcher, monkeypatch, ",".join(faults))
     before = open_files(watcher.keeper_pid)
-    healthy = watcher.python("-c", HEALTHY, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-    hangs = watcher.python("-c", HANGS, stderr=subprocess.DEVNULL)
+    healthy = watcher.worker(HEALTHY, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    hangs = watcher.worker(HANGS, stderr=subprocess.DEVNULL)
     assert hangs.stdout is not None
     child = int(hangs.stdout.readline())
     assert hangs.wait(20) == -signal.SIGKILL
@@ -148,10 +148,10 @@ def test_the_watcher_at_a_step_of_a_longer_ladder(
     name, _, nth = step.partition("@")
     watcher = start(start_watcher, monkeypatch, f"{name}={fault}@{nth or 1}")
     before, first = open_files(watcher.keeper_pid), watcher.pid
-    healthy = watcher.python("-c", HEALTHY, stdin=subprocess.PIPE)
+    healthy = watcher.worker(HEALTHY, stdin=subprocess.PIPE)
     environment = watcher.environment(TORCHELASTIC_ERROR_FILE=str(tmp_path / "error.json"))
     began = time.monotonic()
-    hangs = watcher.python("-c", LONGER, how, str(grace), env=environment)
+    hangs = watcher.worker(LONGER, how, str(grace), env=environment)
     assert hangs.wait(30) == -signal.SIGKILL
     assert time.monotonic() - began > 0.3 + (grace if outcome == "reaped" else 0.3)
     hangs.communicate()
@@ -176,7 +176,7 @@ def test_whose_next_block_is_overdue_when_a_successor_comes(
     """The block that was ended by `TimerExpired` is told of nevertheless, and not as the other."""
     faults = "raise.asked=sleep:1@1,raise.asked=kill@1"
     watcher = start(start_watcher, monkeypatch, faults)
-    hangs = watcher.python("-c", LONGER, "raise", "2")
+    hangs = watcher.worker(LONGER, "raise", "2")
     assert hangs.wait(30) == -signal.SIGKILL
     hangs.communicate()
     wait_until(lambda: len(watcher.reports()) == 2, "the reports")
@@ -240,7 +240,7 @@ def test_a_promise_of_a_watcher_that_answers_too_late_keeps_nobody_quiet(
     # The second time, when blocks have been armed already.
     twice = ",".join(f"handshake.watched=sleep:1.5@{nth}" for nth in (1, 2))
     watcher = start(start_watcher, monkeypatch, twice)
-    healthy = watcher.python("-c", HEALTHY, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    healthy = watcher.worker(HEALTHY, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     _, said = healthy.communicate("end\n", timeout=20)
     assert healthy.returncode == -signal.SIGKILL, "it is watched in the end"
     assert "did not answer within 1 s" in said
@@ -250,7 +250,7 @@ def test_evidence_that_hangs_holds_up_nothing(
     start_watcher: StartWatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watcher = start(start_watcher, monkeypatch, "evidence.gathering=sleep:1000")
-    with watcher.python("-c", HANGS) as hangs:
+    with watcher.worker(HANGS) as hangs:
         assert hangs.wait(20) == -signal.SIGKILL
     report = watcher.report(pid=hangs.pid)
     assert "evidence: not complete within 2 s" in report["missing"]
@@ -267,7 +267,7 @@ def test_a_reporter_that_hangs_holds_up_nothing(
 ) -> None:
     watcher = start(start_watcher, monkeypatch, "evidence.publishing=sleep:1000@1")
     for _ in range(2):
-        with watcher.python("-c", HANGS) as hangs:
+        with watcher.worker(HANGS) as hangs:
             assert hangs.wait(20) == -signal.SIGKILL
     assert watcher.report(pid=hangs.pid)["outcome"] == "reaped", "the second is reported"
 
@@ -285,7 +285,7 @@ def test_a_kernel_without_pidfds_of_sockets(
     """Before Linux 6.5 a peer is held by its number, and the keeper keeps the pidfd."""
     what = "kernel.peer-pidfd=fail:ENOPROTOOPT" if pidfds == "by number" else ""
     watcher = start(start_watcher, monkeypatch, what)
-    with watcher.python("-c", HANGS.replace("0.3", "1.5")) as hangs:
+    with watcher.worker(HANGS.replace("0.3", "1.5")) as hangs:
         assert hangs.stdout is not None
         hangs.stdout.readline()
         kept = [os.readlink(path) for path in Path(f"/proc/{watcher.keeper_pid}/fd").iterdir()]

@@ -66,12 +66,12 @@ def test_a_worker_dies_at_each_step(
     start_watcher: StartWatcher, kind: str, steps: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     watcher = start_watcher()
-    healthy = watcher.python("-c", HEALTHY, stdin=subprocess.PIPE)
+    healthy = watcher.worker(HEALTHY, stdin=subprocess.PIPE)
     assert healthy.stdout is not None
     healthy.stdout.readline()
     before = open_files(watcher.keeper_pid), open_files(watcher.pid)
     pid = watcher.pid
-    dying = watcher.python("-c", DIES_AT_EACH_STEP, kind)
+    dying = watcher.worker(DIES_AT_EACH_STEP, kind)
     out, _ = dying.communicate(timeout=50)
     assert dying.returncode == 0
     assert int(out) > steps

@@ -107,7 +107,7 @@ with connect(address) as connection:
 
 
 def _start(watcher: RunningWatcher, *arguments: str) -> subprocess.Popen[str]:
-    return watcher.python("-c", *arguments, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    return watcher.worker(*arguments, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 
 def _line(process: subprocess.Popen[str]) -> str:

@@ -19,7 +19,7 @@ from hangwatch.api import TimerRequest
 from hangwatch.file_based_local_timer import FileTimerRequest, _request_of
 from hangwatch.pairs import fifo
 from hangwatch.pairs.complaints import Complaints
-from support.pairs import SPAWN, Pair, behave, running
+from support.pairs import CONTEXT, Pair, behave, running
 
 
 class TestQueues:
@@ -31,10 +31,10 @@ class TestQueues:
 
     def test_a_queue_that_can_t_be_asked_its_size(self) -> None:
         with pytest.raises(TypeError, match="multiprocessing queue, not SimpleQueue"):
-            hangwatch.LocalTimerServer(SPAWN.SimpleQueue())
+            hangwatch.LocalTimerServer(CONTEXT.SimpleQueue())
 
     def test_a_closed_queue(self) -> None:
-        queue = SPAWN.Queue()
+        queue = CONTEXT.Queue()
         server = hangwatch.LocalTimerServer(queue)
         queue.close()
         with pytest.raises(ValueError, match="the queue is closed: make a new one"):
@@ -43,7 +43,7 @@ class TestQueues:
             hangwatch.LocalTimerClient(queue).acquire("x", time.time() + 1)
 
     def test_a_full_queue_holds_up_nobody(self) -> None:
-        queue = SPAWN.Queue(maxsize=1)
+        queue = CONTEXT.Queue(maxsize=1)
         client = hangwatch.LocalTimerClient(queue)
         for _ in range(20):  # nobody takes anything
             with hangwatch.expires(60, "x", client):
@@ -54,7 +54,7 @@ class TestQueues:
 
     def test_no_release_overtakes_the_request_that_it_takes_back(self) -> None:
         """Which had no descriptor to be written to: the server would end a healthy worker."""
-        queue = SPAWN.Queue()
+        queue = CONTEXT.Queue()
         client = hangwatch.LocalTimerClient(queue)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         for n in range(100):
@@ -74,7 +74,7 @@ class TestQueues:
     def test_strange_things_in_the_queue_are_dropped_alone(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
-        server = hangwatch.LocalTimerServer(SPAWN.Queue(), report_dir=None)
+        server = hangwatch.LocalTimerServer(CONTEXT.Queue(), report_dir=None)
         good = TimerRequest(os.getpid(), "good", time.time() + 60)
         strange: list[Any] = [
             "text",
@@ -94,7 +94,7 @@ class TestQueues:
     @pytest.mark.parametrize("interval", [-1, float("nan"), float("inf"), "1"])
     def test_a_senseless_interval(self, interval: Any, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="max_interval must be a number of seconds"):
-            hangwatch.LocalTimerServer(SPAWN.Queue(), interval)
+            hangwatch.LocalTimerServer(CONTEXT.Queue(), interval)
         with pytest.raises(ValueError, match="max_interval must be a number of seconds"):
             hangwatch.FileTimerServer(str(tmp_path / "fifo"), max_interval=interval)
         assert not list(tmp_path.iterdir())

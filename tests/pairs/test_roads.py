@@ -16,8 +16,8 @@ import hangwatch
 from hangwatch.pairs import place
 from hangwatch.worker.client import WorkerClient
 from support.pairs import (
+    CONTEXT,
     KILLED,
-    SPAWN,
     Pair,
     behave,
     client_at,
@@ -27,7 +27,7 @@ from support.pairs import (
     running,
     take_the_legacy_road,
 )
-from support.watchers import PATIENCE, wait_until
+from support.watchers import LIMIT, wait_until
 
 
 class TestTheNativeRoad:
@@ -59,10 +59,10 @@ class TestTheNativeRoad:
             server.stop()
 
     def test_a_server_that_is_restarted_watches_again(self, pair: Pair) -> None:
-        ready, go = SPAWN.Event(), SPAWN.Event()
+        ready, go = CONTEXT.Event(), CONTEXT.Event()
         with running(pair):
             worker = pair.worker(_hang_after, ready, go)
-            assert ready.wait(PATIENCE)
+            assert ready.wait(LIMIT)
             pair.server.stop()
             pair.server.start()
             go.set()
@@ -137,11 +137,11 @@ class TestTheLegacyRoad:
                 reaped.append(worker_id)
                 return super()._reap_worker(worker_id)
 
-        queue = SPAWN.Queue()
+        queue = CONTEXT.Queue()
         server = Server(queue, 0.05, report_dir=None)
         server.start()
         try:
-            worker = SPAWN.Process(target=_hang_on, args=(queue,))
+            worker = CONTEXT.Process(target=_hang_on, args=(queue,))
             worker.start()
             assert exit_status(worker) == KILLED
             assert reaped[0] == worker.pid
@@ -159,7 +159,7 @@ class TestTheLegacyRoad:
         server = Server(str(tmp_path / "fifo"), "run", 0.05, report_dir=None)
         server.start()
         try:
-            worker = SPAWN.Process(target=_hang_on, args=(str(tmp_path / "fifo"),))
+            worker = CONTEXT.Process(target=_hang_on, args=(str(tmp_path / "fifo"),))
             worker.start()
             assert exit_status(worker) == KILLED
         finally:
@@ -179,13 +179,13 @@ class TestTheLegacyRoad:
         assert not ask(child)
 
     def test_a_manager_s_queue_has_no_other_road(self) -> None:
-        with SPAWN.Manager() as manager:
+        with CONTEXT.Manager() as manager:
             queue = manager.Queue()
             server = hangwatch.LocalTimerServer(queue, report_dir=None)
             server.start()
             try:
                 assert server._beside is None
-                worker = SPAWN.Process(target=_hang_on, args=(queue,))
+                worker = CONTEXT.Process(target=_hang_on, args=(queue,))
                 worker.start()
                 assert exit_status(worker) == KILLED
             finally:
@@ -279,9 +279,9 @@ class TestBothRoads:
     def test_a_worker_survives_a_server_that_stops_in_the_middle_of_a_block(
         self, pair: Pair, road: str
     ) -> None:
-        ready, go = SPAWN.Event(), SPAWN.Event()
+        ready, go = CONTEXT.Event(), CONTEXT.Event()
         worker = pair.worker(_wait_in_a_block, ready, go)
-        assert ready.wait(PATIENCE)
+        assert ready.wait(LIMIT)
         pair.server.stop()
         go.set()
         assert exit_status(worker) == 0
@@ -289,7 +289,7 @@ class TestBothRoads:
     def test_an_inner_block_of_the_same_scope_replaces_the_outer(
         self, pair: Pair, road: str
     ) -> None:
-        said = SPAWN.Event()
+        said = CONTEXT.Event()
         worker = pair.worker(_recurse, said)
         assert exit_status(worker) == KILLED
         assert said.is_set()  # it was not killed before the last block

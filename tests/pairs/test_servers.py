@@ -16,8 +16,8 @@ import pytest
 import hangwatch
 from hangwatch.file_based_local_timer import FileTimerRequest
 from support.pairs import (
+    CONTEXT,
     KILLED,
-    SPAWN,
     Pair,
     behave,
     exit_status,
@@ -26,7 +26,7 @@ from support.pairs import (
     running,
 )
 from support.processes import is_alive
-from support.watchers import PATIENCE, wait_until
+from support.watchers import LIMIT, wait_until
 
 
 class TestLifecycle:
@@ -170,7 +170,7 @@ def test_clients_travel_to_workers(name: str, tmp_path: Path) -> None:
             pass
         if name == "file":
             pickle.loads(pickle.dumps(client))
-        worker = SPAWN.Process(target=_hang_with, args=(client,))
+        worker = CONTEXT.Process(target=_hang_with, args=(client,))
         worker.start()
         assert exit_status(worker) == KILLED
 
@@ -199,7 +199,7 @@ class TestWhatPeopleCall:
                     FileTimerRequest(worker.pid, scope, until, int(signal.SIGKILL))
                 )
             server.run_once()
-            assert worker.wait(PATIENCE) == KILLED
+            assert worker.wait(LIMIT) == KILLED
         assert server._request_count == 2
         assert server._timers == {}
         assert heard == [
@@ -235,7 +235,7 @@ class TestWhatPeopleCall:
         server = hangwatch.FileTimerServer(str(tmp_path / "fifo"), report_dir=None)
         with subprocess.Popen(["sleep", "60"]) as worker:
             assert server._reap_worker(worker.pid, signal.SIGKILL)
-            assert worker.wait(PATIENCE) == KILLED
+            assert worker.wait(LIMIT) == KILLED
         assert server._reap_worker(worker.pid, signal.SIGKILL), "it is dead already"
         assert server._reap_worker(1, signal.SIGKILL), "nothing of ours to kill"
         server.stop()

@@ -9,8 +9,8 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from hangwatch import expires
-from support.pairs import SPAWN, Pair, running
-from support.watchers import PATIENCE, wait_until
+from support.pairs import CONTEXT, Pair, running
+from support.watchers import LIMIT, wait_until
 
 
 def _kill_with_its_watcher(keeper: int) -> None:
@@ -29,9 +29,9 @@ def _hang_after(inside: Event, go: Event) -> None:
 
 def test_a_watcher_that_was_killed_with_its_keeper_is_replaced(pair: Pair) -> None:
     with running(pair):
-        inside, go = SPAWN.Event(), SPAWN.Event()
+        inside, go = CONTEXT.Event(), CONTEXT.Event()
         worker = pair.worker(_hang_after, inside, go)
-        assert inside.wait(PATIENCE)
+        assert inside.wait(LIMIT)
         keeper = pair.server._beside.pid  # type: ignore[union-attr]
         _kill_with_its_watcher(keeper)
         wait_until(
@@ -39,7 +39,7 @@ def test_a_watcher_that_was_killed_with_its_keeper_is_replaced(pair: Pair) -> No
             "another watcher",
         )
         go.set()
-        worker.join(PATIENCE)
+        worker.join(LIMIT)
         assert worker.exitcode == -signal.SIGKILL
 
 

@@ -193,14 +193,11 @@ assert launch._is_of_our_user(ready.recvmsg(100, 100)[1])
     def test_it_can_read_nothing(self, start_watcher: StartWatcher) -> None:
         watcher = start_watcher()
         let_through(watcher)
-        hung = watcher.python(
-            "-c", "import hangwatch, time\nwith hangwatch.expires(0.2): time.sleep(99)"
-        )
+        hung = watcher.worker("import hangwatch, time\nwith hangwatch.expires(0.2): time.sleep(99)")
         hung.communicate(timeout=40)
         report = watcher.report(pid=hung.pid)
         assert report["outcome"] == "reaped"
-        busy = watcher.python(
-            "-c",
+        busy = watcher.worker(
             "import hangwatch, time\n"
             "with hangwatch.expires(99): print('in', flush=True); time.sleep(99)",
         )
@@ -653,8 +650,7 @@ class TestOwnRights:
         os.mkfifo(fifo)
         reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            worker = watcher.python(
-                "-c",
+            worker = watcher.worker(
                 """
 import os, sys, time, hangwatch
 from hangwatch.worker import stack_channel
@@ -675,8 +671,7 @@ with hangwatch.expires(0.3): time.sleep(1000)
 
     def test_the_pid_in_a_hello_is_nobody_s_death(self, watcher: RunningWatcher) -> None:
         with subprocess.Popen(["sleep", "1000"]) as victim:
-            worker = watcher.python(
-                "-c",
+            worker = watcher.worker(
                 """
 import os, sys, threading, time, hangwatch
 os.getpid = lambda: int(sys.argv[1])

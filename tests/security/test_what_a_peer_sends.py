@@ -108,8 +108,7 @@ def test_a_pickle_is_no_hello_and_no_ring(watcher: RunningWatcher, tmp_path: Pat
 
 def test_a_pickle_in_the_place_of_stacks_is_text(watcher: RunningWatcher, tmp_path: Path) -> None:
     bomb = pickle.dumps(Bomb(tmp_path / "gone off"), protocol=0)
-    worker = watcher.python(
-        "-c",
+    worker = watcher.worker(
         """
 import os, signal, sys, time, hangwatch
 from hangwatch.worker import stack_channel
@@ -271,7 +270,7 @@ def test_descriptors_that_take_long_to_close_hold_up_no_keeper(
             patch.setenv(failpoints.VARIABLE, "kernel.pass-rights=fail:ENOPROTOOPT")
         watcher = start_watcher()
     with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
-        worker = watcher.python(
+        worker = watcher.interpreter(
             *("-c", SENDS_WHAT_TAKES_LONG_TO_CLOSE),
             *(watcher.address, str(listener.getsockname()[1])),
             stdin=subprocess.PIPE,

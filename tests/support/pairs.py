@@ -7,16 +7,18 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import hangwatch
-from support.watchers import PATIENCE
+from support.nursery import LIMIT
 
 KILLED = -signal.SIGKILL
-SPAWN = multiprocessing.get_context("spawn")
+CONTEXT = multiprocessing.get_context("forkserver")
+"""How workers are started: from a warm process, with nothing of the server's in them."""
+CONTEXT.set_forkserver_preload(["pytest", "hypothesis", "hangwatch.wire", "support.pairs"])
 Server = hangwatch.LocalTimerServer | hangwatch.FileTimerServer
 
 
@@ -32,7 +34,7 @@ class Pair:
     def __init__(self, name: str, folder: Path, **options: Any) -> None:
         self.name = name
         options.setdefault("report_dir", folder / "reports")
-        self.place: Any = SPAWN.Queue() if name == "local" else str(folder / "fifo")
+        self.place: Any = CONTEXT.Queue() if name == "local" else str(folder / "fifo")
         self.options = options
         self.server = self.make_server()
 
@@ -46,9 +48,9 @@ class Pair:
         """Make a client."""
         return client_at(self.place)
 
-    def worker(self, body: Callable[..., None], *arguments: Any) -> SpawnProcess:
+    def worker(self, body: Callable[..., None], *arguments: Any) -> ForkServerProcess:
         """Start a worker that is configured with a client and calls ``body(*arguments)``."""
-        process = SPAWN.Process(target=_work, args=(self.place, body, arguments))
+        process = CONTEXT.Process(target=_work, args=(self.place, body, arguments))
         process.start()
         return process
 
@@ -98,7 +100,7 @@ def ignore_sigterm(path: str) -> None:
 
 def exit_status(process: BaseProcess) -> int | None:
     """Wait for a worker's end."""
-    process.join(PATIENCE)
+    process.join(LIMIT)
     return process.exitcode
 
 

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hangwatch import SharedMemoryTimerServer
-
-PATIENCE = 20.0
-"""How long a test waits for what must come: long, since the machine may be busy."""
+from support.nursery import LIMIT, Worker, nursery
 
 
-def wait_until(true: Callable[[], object], what: str, within: float = PATIENCE) -> None:
+def wait_until(true: Callable[[], object], what: str, within: float = LIMIT) -> None:
     """Wait until `true()`; fail, naming `what`, if it isn't within `within` seconds."""
     until = time.monotonic() + within
     while not true():
@@ -68,31 +66,31 @@ class RunningWatcher:
         """Return the environment of a worker of this watcher."""
         return {**os.environ, "HANGWATCH_ADDRESS": self.address, **more}
 
-    def python(self, *arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
-        """Start a Python worker; its output is a pipe of text."""
+    def worker(self, script: str, *arguments: str | Path, **options: Any) -> Worker:
+        """Fork a worker that runs a script; its output is a pipe of text."""
+        options.setdefault("env", self.environment())
+        return nursery().fork(script, *map(str, arguments), **options)
+
+    def interpreter(self, *arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
+        """Start a worker that is an interpreter of its own; its output is a pipe of text."""
         options.setdefault("env", self.environment())
         options.setdefault("stdout", subprocess.PIPE)
         return subprocess.Popen([sys.executable, *map(str, arguments)], text=True, **options)
 
-    def reports(self) -> list[dict[str, Any]]:
-        """Return every report so far, the oldest first."""
+    def reports(self, **wanted: object) -> list[dict[str, Any]]:
+        """Return every report so far whose worker or scope fields are `wanted`, oldest first."""
         paths = sorted(self.report_dir.glob("[!.]*/report.json"))
-        return [json.loads(path.read_text()) for path in paths]
+        reports = [json.loads(path.read_text()) for path in paths]
+        return [
+            report
+            for report in reports
+            if all({**report["scope"], **report["worker"]}[k] == v for k, v in wanted.items())
+        ]
 
     def report(self, **wanted: object) -> dict[str, Any]:
         """Wait for a report whose worker or scope fields are `wanted`."""
-        found: list[dict[str, Any]] = []
-
-        def look() -> bool:
-            found[:] = [
-                report
-                for report in self.reports()
-                if all({**report["scope"], **report["worker"]}[k] == v for k, v in wanted.items())
-            ]
-            return bool(found)
-
-        wait_until(look, f"a report with {wanted}")
-        return found[0]
+        wait_until(lambda: self.reports(**wanted), f"a report with {wanted}")
+        return self.reports(**wanted)[0]
 
 
 class StartWatcher(Protocol):

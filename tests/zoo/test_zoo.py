@@ -19,7 +19,7 @@ while True:
 
 @pytest.fixture(scope="module")
 def neighbour(watcher: RunningWatcher) -> Iterator[subprocess.Popen[str]]:
-    process = watcher.python("-c", NEIGHBOUR)
+    process = watcher.worker(NEIGHBOUR)
     assert process.stdout is not None
     process.stdout.readline()
     yield process

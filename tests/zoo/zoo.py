@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from support.pairs import Pair
-from support.watchers import PATIENCE, RunningWatcher, wait_until
+from support.watchers import LIMIT, RunningWatcher, wait_until
 
 PROGRAMS = Path(__file__).parent / "programs"
 KILLED = -9
@@ -63,11 +63,11 @@ def meet(animal: Animal, watcher: RunningWatcher) -> dict[str, Any]:
     """Run a program until its hang was ended; check the report, and return it."""
     label = os.urandom(8).hex()
     environment = watcher.environment(TORCHELASTIC_RUN_ID=label)
-    program = watcher.python(
+    program = watcher.interpreter(
         PROGRAMS / f"{animal.name}.py", env=environment, stdout=subprocess.DEVNULL
     )
     try:
-        status = program.wait(PATIENCE)
+        status = program.wait(LIMIT)
     finally:
         program.kill()
         program.wait()
@@ -89,7 +89,7 @@ def meet_in_pair(animal: Animal, pair: Pair, reports: Path) -> dict[str, Any]:
         The report, checked.
     """
     worker = pair.worker(_run, str(PROGRAMS / f"{animal.name}.py"))
-    worker.join(PATIENCE)
+    worker.join(LIMIT)
     assert worker.exitcode == KILLED, f"{animal.name} ended with {worker.exitcode}"
     found: list[Path] = []
 
