@@ -21,8 +21,9 @@ import pytest
 
 from hangwatch import TimerRequest
 from support.namespaces import run_alone
+from support.nursery import LIMIT
 from support.processes import is_alive, open_files
-from support.watchers import LIMIT, wait_until
+from support.watchers import wait_until
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "datagram_pair.py"

@@ -14,8 +14,9 @@ import pytest
 
 import hangwatch
 from hangwatch import RequestQueue, TimerClient, TimerRequest, TimerServer
+from support.nursery import LIMIT
 from support.pairs import CONTEXT
-from support.watchers import LIMIT, wait_until
+from support.watchers import wait_until
 
 PAST = 1.0
 RELEASE = -1.0

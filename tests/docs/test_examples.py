@@ -35,7 +35,8 @@ from docs.fences import (
     undefined_names,
     without_numbers,
 )
-from support.watchers import LIMIT, StartWatcher, wait_until
+from support.nursery import LIMIT
+from support.watchers import StartWatcher, wait_until
 
 QUOTED = {"docs/custom-pairs.md": "examples/datagram_pair.py"}
 """Pages whose blocks are quotations of a script that has tests of its own (tests/contract)."""

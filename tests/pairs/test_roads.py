@@ -15,6 +15,7 @@ import pytest
 import hangwatch
 from hangwatch.pairs import place
 from hangwatch.worker.client import WorkerClient
+from support.nursery import LIMIT
 from support.pairs import (
     CONTEXT,
     KILLED,
@@ -27,7 +28,7 @@ from support.pairs import (
     running,
     take_the_legacy_road,
 )
-from support.watchers import LIMIT, wait_until
+from support.watchers import wait_until
 
 
 class TestTheNativeRoad:

@@ -15,6 +15,7 @@ import pytest
 
 import hangwatch
 from hangwatch.file_based_local_timer import FileTimerRequest
+from support.nursery import LIMIT
 from support.pairs import (
     CONTEXT,
     KILLED,
@@ -26,7 +27,7 @@ from support.pairs import (
     running,
 )
 from support.processes import is_alive
-from support.watchers import LIMIT, wait_until
+from support.watchers import wait_until
 
 
 class TestLifecycle:

@@ -9,8 +9,9 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from hangwatch import expires
+from support.nursery import LIMIT
 from support.pairs import CONTEXT, Pair, running
-from support.watchers import LIMIT, wait_until
+from support.watchers import wait_until
 
 
 def _kill_with_its_watcher(keeper: int) -> None:

@@ -112,7 +112,19 @@ class Worker:
         """Send it SIGTERM."""
         self.send_signal(signal.SIGTERM)
 
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for its end, and close our ends of its pipes."""
+        self.wait()
+        self.close()
+
     def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close our ends of its pipes."""
         for stream in (self.stdin, self.stdout, self.stderr):
             if stream is not None:
                 with contextlib.suppress(OSError):  # what was written and nobody reads

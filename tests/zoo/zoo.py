@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from support.nursery import LIMIT
 from support.pairs import Pair
-from support.watchers import LIMIT, RunningWatcher, wait_until
+from support.watchers import RunningWatcher, wait_until
 
 PROGRAMS = Path(__file__).parent / "programs"
 KILLED = -9
