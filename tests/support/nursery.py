@@ -49,7 +49,7 @@ class Worker:
     def __init__(self, pid: int, ended: socket.socket, pipes: list[IO[str] | None]) -> None:
         self.pid = pid
         self.stdin, self.stdout, self.stderr = pipes
-        self.returncode: int | None = None
+        self.returncode: int | Any = None  # as subprocess has it
         self._ended = ended
 
     def poll(self) -> int | None:
@@ -68,7 +68,7 @@ class Worker:
             if not select.select([self._ended], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(f"worker {self.pid}", timeout)
             (self.returncode,) = _STATUS.unpack(self._ended.recv(_STATUS.size))
-        return self.returncode
+        return int(self.returncode)
 
     def communicate(self, text: str | None = None, timeout: float = LIMIT) -> tuple[str, str]:
         """Write to it, and read all that it prints; return that, once it has ended."""
@@ -242,15 +242,14 @@ def _serve(requests: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """Fork for whoever asks. Returns in a worker, with its request and its descriptors."""
     children: dict[int, tuple[int, socket.socket]] = {}
     while True:
-        ready, _, _ = select.select([requests, *children], [], [])
-        for pidfd in ready:
-            if pidfd is not requests:
-                pid, ended = children.pop(pidfd)
-                _, status = os.waitpid(pid, 0)
-                with ended, contextlib.suppress(OSError):  # nobody may want to know it
-                    ended.send(_STATUS.pack(os.waitstatus_to_exitcode(status)))
-                os.close(pidfd)
-        if requests not in ready:
+        ready, _, _ = select.select([requests.fileno(), *children], [], [])
+        for pidfd in set(ready) & children.keys():
+            pid, ended = children.pop(pidfd)
+            _, status = os.waitpid(pid, 0)
+            with ended, contextlib.suppress(OSError):  # nobody may want to know it
+                ended.send(_STATUS.pack(os.waitstatus_to_exitcode(status)))
+            os.close(pidfd)
+        if requests.fileno() not in ready:
             continue
         message, descriptors, _, _ = socket.recv_fds(requests, _MOST_BYTES, 1 + _STANDARD)
         if not message:
