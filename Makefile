@@ -10,6 +10,11 @@ SECONDS ?= 30
 SEED ?= 0
 # How many workers `make stress-kills` kills; SEED is that of its dice.
 KILLS ?= 10000
+# What `make cases` runs: the folder, names of cases (* and ?), so many at once, versions of Python.
+CASES ?= ../shared/cases
+CASE ?= *
+JOBS ?= 1
+VERSIONS ?=
 
 comma := ,
 VENV := .venv
@@ -17,12 +22,14 @@ CHECK := .venv-check
 INTEROP := .venv-interop
 FUZZ := .venv-fuzz
 
-.PHONY: help demo test check model interop conformance-table zoo bench-arm \
+.PHONY: help demo test test-all cases check model interop conformance-table zoo bench-arm \
 	bench-handover fuzz soak stress-kills clean
 
 help:
 	@echo "make demo       watch four workers until one hangs"
-	@echo "make test       run the tests (no torch)"
+	@echo "make test       run the tests: two minutes"
+	@echo "make test-all   run what that leaves out: half an hour; SHORT=1: as CI does"
+	@echo "make cases      run the programs of CASES=../shared/cases on Python 3.11, 3.12 and 3.13"
 	@echo "make check      ruff and mypy"
 	@echo "make model      check the protocol's model with Spin (needs spin and gcc)"
 	@echo "make interop    what needs torch 2.13.0: a torchrun job that hangs and goes on, and"
@@ -35,19 +42,15 @@ help:
 	@echo "make soak SECONDS=600 SEED=7   real workers under real faults, and a proof of what happened"
 	@echo "make stress-kills KILLS=10000  kill so many workers of the Local pair while others arm"
 
-# A machine without the venv module, or with an older Python, gets one clear sentence.
+# A machine without Python, or with an older one, gets one clear sentence.
 define python_is_usable
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 		|| { echo "hangwatch needs Python 3.11 or newer: name one with 'make $(MAKECMDGOALS) PYTHON=/path/to/python3.11'." >&2; exit 1; }
-	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
-		|| { echo "$(PYTHON) has no venv module: install it (Debian: apt-get install python3-venv) and try again." >&2; exit 1; }
 endef
 
 define environment
 	$(python_is_usable)
-	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
-	@echo "installing into $(1) ..."
-	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2)
+	@$(PYTHON) scripts/environment.py $(1) $(2)
 	@touch $@
 endef
 
@@ -62,13 +65,29 @@ $(FUZZ)/ready: pyproject.toml
 
 $(INTEROP)/ready: pyproject.toml
 	$(call environment,$(INTEROP),$(TORCH_INDEX) torch==2.13.0 numpy)
-	@$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' scikit-learn
+	$(call environment,$(INTEROP),--editable '.[test]' scikit-learn)
 
 demo: $(VENV)/ready
-	$(VENV)/bin/hangwatch demo
+	@$(VENV)/bin/hangwatch demo
 
 test: $(VENV)/ready
-	$(VENV)/bin/python -m pytest -m "not interop"
+	@echo "running the tests: real processes, two minutes on two cores ..."
+	@$(VENV)/bin/python -m pytest -m "not long and not interop"
+
+# Sizes: those of CI if SHORT is set, else the full ones.
+test-all: $(VENV)/ready
+	@echo "running what make test leaves out ..."
+	@$(VENV)/bin/python -m pytest -m "long and not interop" $(if $(SHORT),,--full)
+	@$(MAKE) --no-print-directory zoo N=$(if $(SHORT),1,20)
+	@$(MAKE) --no-print-directory soak SECONDS=$(if $(SHORT),60,600)
+	@$(MAKE) --no-print-directory fuzz SECONDS=$(if $(SHORT),30,300)
+	@$(MAKE) --no-print-directory stress-kills KILLS=$(if $(SHORT),2000,10000)
+	@echo "make test-all: all of it passed"
+
+# Small programs beside the project that show faults, each judging itself.
+cases: $(VENV)/ready
+	@PYTHONPATH=tests $(VENV)/bin/python -m cases $(CASES) '$(CASE)' -j $(JOBS) \
+		$(if $(VERSIONS),--python $(VERSIONS))
 
 check: $(CHECK)/ready
 	$(CHECK)/bin/ruff check .

@@ -113,4 +113,8 @@ def _judge(
     for promise, kept in promises.items():
         table.add_row(promise, "yes" if kept else "[red]NO[/red]")
     console.print(table)
-    return 0 if all(promises.values()) else 1
+    if not all(promises.values()):
+        console.print("hangwatch demo: a promise was broken: see the table, and the log above")
+        return 1
+    console.print("hangwatch demo: all promises were kept")
+    return 0
