@@ -13,6 +13,7 @@ import pytest
 
 import hangwatch
 from hangwatch.worker import expiration, roads
+from support.sizes import Size
 from support.watchers import RunningWatcher, StartWatcher
 
 # A shell's background jobs ignore it, and so would all that the tests start.
@@ -23,6 +24,18 @@ hypothesis.settings.register_profile(
     "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("busy")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run long tests in their full size")
+
+
+@pytest.fixture
+def size(request: pytest.FixtureRequest) -> Size:
+    """Return the size of a test that is marked `support.sizes.short_and_long`."""
+    if request.param == "short":
+        return Size.SHORT
+    return Size.FULL if request.config.getoption("full") else Size.MIDDLE
 
 
 @pytest.fixture(autouse=True)

@@ -7,16 +7,28 @@ import os
 import time
 
 from conformance.clock import SteppedClock
-from conformance.row import LOCAL, Outcome, Row
-from conformance.stage import SOON, WINDOW, Gate, Server, Stage, Watched, deaths, hang, hold_the_gil
+from conformance.row import LOCAL, Outcome, promise
+from conformance.stage import (
+    BEFORE_A_ROUND,
+    SOON,
+    Body,
+    Server,
+    Stage,
+    hang,
+    hold_the_gil_until,
+    killed,
+)
+from support.processes import Gate, Watched
 
 
+@promise("A hang is ended soon after its limit at the default `max_interval`.")
 def late(stage: Stage) -> Outcome:
     """A worker hangs, and everything else is as it is by default."""
     stage.play(stage.hang_after(1))
-    return stage.must_be_killed()
+    return stage.must_be_killed(within=min(stage.window, BEFORE_A_ROUND))
 
 
+@promise("A block is armed when it is entered, even if it keeps the GIL from then on.", LOCAL)
 def gil_arm(stage: Stage) -> Outcome:
     """The first thing in a block is a C call that keeps the GIL."""
     never, _ = os.pipe()
@@ -32,25 +44,38 @@ def gil_arm(stage: Stage) -> Outcome:
     return stage.must_be_killed(count=3)
 
 
+@promise("A server's process that keeps the GIL delays no kill.")
 def server_gil(stage: Stage) -> Outcome:
     """The server's process keeps the GIL in C while a worker's time is up."""
-    go = Gate()
+    hold, go_on = Gate(), Gate()
+
+    def body() -> None:
+        with stage.timer.expires(60, "first"):
+            pass
+        stage.say("is known")
+        hold.wait()
+        stage.hang_after(1)()
 
     def then(_: Server) -> None:
-        go.wait()
-        hold_the_gil(WINDOW + 3)
+        hold.wait()
+        stage.say("holds")
+        hold_the_gil_until(go_on)
 
-    stage.play(stage.hang_after(1), then=then, max_interval=SOON)
-    # The request has long come to the server when it gets stuck.
-    time.sleep(0.3)
-    go.open()
-    return stage.must_be_killed()
+    stage.play(body, then=then, max_interval=SOON)
+    stage.hear("is known")
+    hold.open(2)
+    stage.hear("holds")
+    outcome = stage.must_be_killed()
+    go_on.open()
+    return outcome
 
 
+@promise("Who released in time is never killed.")
 def false_kill(stage: Stage) -> Outcome:
     """The server's process keeps the GIL from before ten workers release until after."""
-    workers, after, held_for = 10, 2.5, 4.0
-    hold, leave = Gate(), Gate()
+    # Nobody overruns, even if the machine stands still for ten seconds meanwhile.
+    workers, after = 10, 15.0
+    hold, leave, go_on = Gate(), Gate(), Gate()
 
     def body() -> None:
         with stage.timer.expires(after, "step"):
@@ -62,69 +87,67 @@ def false_kill(stage: Stage) -> Outcome:
     def then(_: Server) -> None:
         hold.wait()
         stage.say("holds")
-        hold_the_gil(held_for)
+        hold_the_gil_until(go_on)
 
     stage.play(*[body] * workers, then=then, max_interval=SOON)
-    inside = {said.pid: said for said in stage.hear("inside", workers)}
-    time.sleep(0.3)
+    inside = stage.hear("inside", workers)
+    entered = {said.pid: said.at for said in inside}
+    time.sleep(0.3)  # a server that reads requests has read them
     hold.open()
     stage.hear("holds")
-    healthy = [Watched(pid) for pid in inside]
-    time.sleep(0.1)
     leave.open(workers)
     for said in stage.hear("released", workers):
-        if said.at - inside[said.pid].at >= after:
+        if said.at - entered[said.pid] >= after:
             raise AssertionError("the machine is so busy that a worker did overrun")
-    killed = deaths(healthy, held_for + 1.5)
-    return Outcome(killed == 0, f"{killed} of {workers} healthy workers killed")
+    # All deadlines have passed before the server's process can read that they don't hold.
+    time.sleep(max(0.0, max(entered.values()) + after + 0.1 - time.monotonic()))
+    go_on.open()
+    goes_on = stage.goes_on()
+    hurt = killed([Watched(pid) for pid in entered])
+    figure = f"{hurt} of {workers} healthy workers killed"
+    deaf = "" if hurt or goes_on else ", a hung one not"
+    return Outcome(hurt == 0 and goes_on, figure + deaf)
 
 
+@promise("Steps of the wall clock neither kill nor spare.")
 def wall_clock(stage: Stage) -> Outcome:
     """The clock is stepped by an hour, forth under healthy workers and back under hung ones.
 
-    Of each kind there are two: one armed its timer as usual, one by a request made by hand.
+    Of each kind there are two: one armed its timer as usual, for one a request was made by hand.
     """
     forth, back = stage, stage.another("back")
     clocks = {each: SteppedClock(f"{each.path}.clock") for each in (forth, back)}
+
+    def says(each: Stage, word: str) -> Body:
+        def body() -> None:
+            each.say(word)
+            hang()
+
+        return body
 
     def healthy() -> None:
         with forth.timer.expires(60, "healthy"):
             forth.say("healthy")
             hang()
 
-    def healthy_by_hand() -> None:
-        forth.request(os.getpid(), "healthy", 60)
-        forth.say("healthy")
-        hang()
+    def play(each: Stage, word: str, armed: Body, limit: float) -> list[Watched]:
+        by_hand, overdue = says(each, "by hand"), says(each, "overdue")
+        before = clocks[each].install
+        each.play(armed, by_hand, overdue, before=before, max_interval=SOON)
+        said = [*each.hear(word), *each.hear("by hand")]
+        each.request(said[1].pid, "step", limit)
+        # When that one is dead, the server has taken the request.
+        if not each.takes_requests(Watched(each.hear("overdue")[0].pid)):
+            raise AssertionError("a request by hand was not taken")
+        return [Watched(one.pid) for one in said]
 
-    def hung_by_hand() -> None:
-        back.request(os.getpid(), "step", 2)
-        back.say("hangs")
-        hang()
-
-    forth.play(healthy, healthy_by_hand, before=clocks[forth].install, max_interval=SOON)
-    back.play(back.hang_after(2), hung_by_hand, before=clocks[back].install, max_interval=SOON)
-    innocent = [Watched(said.pid) for said in forth.hear("healthy", 2)]
-    hung = [Watched(said.pid, said.at) for said in back.hear("hangs", 2)]
-    # The servers get the requests; nobody's time is up yet.
-    time.sleep(0.5)
+    innocent = play(forth, "healthy", healthy, 60)
     clocks[forth].step(3600)
+    hung = play(back, "hangs", back.hang_after(2), 2)
     clocks[back].step(-3600)
-    unseen = 2 - deaths(hung, WINDOW + 1)
-    killed = deaths(innocent, 0)
-    figure = f"+1 h: {killed} of 2 healthy workers killed; -1 h: {unseen} of 2 hangs unseen"
-    return Outcome(killed == unseen == 0, figure)
-
-
-ROWS = [
-    Row("late", "A hang is ended soon after its limit at the default `max_interval`.", late),
-    Row(
-        "gil-arm",
-        "A block is armed when it is entered, even if it keeps the GIL from then on.",
-        gil_arm,
-        (LOCAL,),
-    ),
-    Row("server-gil", "A server's process that keeps the GIL delays no kill.", server_gil),
-    Row("false-kill", "Who released in time is never killed.", false_kill),
-    Row("wall-clock", "Steps of the wall clock neither kill nor spare.", wall_clock),
-]
+    until = time.monotonic() + stage.window + 3
+    unseen = sum(each.death_within(until - time.monotonic()) is None for each in hung)
+    goes_on = forth.goes_on()
+    hurt = killed(innocent)
+    figure = f"+1 h: {hurt} of 2 healthy workers killed; -1 h: {unseen} of 2 hangs unseen"
+    return Outcome(hurt == unseen == 0 and goes_on, figure)

@@ -5,26 +5,28 @@ from __future__ import annotations
 import threading
 import time
 
-from conformance.row import Outcome, Row
-from conformance.stage import SOON, Stage, Watched, hang
+from conformance.row import Outcome, promise
+from conformance.stage import SOON, Stage, hang
 
 _BLOCKS = 20
 
 
+@promise("An unnamed block ends its own timer, never that of the block around it.")
 def scope_name(stage: Stage) -> Outcome:
     """An inner block ends, then the outer one hangs; neither was given a name."""
 
     def body() -> None:
+        stage.say("hangs")
         with stage.timer.expires(1):
             with stage.timer.expires(60):
                 pass
-            stage.say("hangs")
             hang()
 
     stage.play(body, max_interval=SOON)
     return stage.must_be_killed()
 
 
+@promise("An unnamed block costs what a named one does.")
 def scope_cost(stage: Stage) -> Outcome:
     """Time blocks with and without a name."""
 
@@ -48,6 +50,7 @@ def scope_cost(stage: Stage) -> Outcome:
     return Outcome(ratio < 4, figure)
 
 
+@promise("Threads in scopes of one name have timers of their own.")
 def threads(stage: Stage) -> Outcome:
     """One thread hangs in a scope that another one enters and leaves."""
 
@@ -56,20 +59,22 @@ def threads(stage: Stage) -> Outcome:
             pass
 
     def body() -> None:
+        stage.say("hangs")
         with stage.timer.expires(1, "step"):
             other = threading.Thread(target=pass_through)
             other.start()
             other.join()
-            stage.say("hangs")
             hang()
 
     stage.play(body, max_interval=SOON)
     return stage.must_be_killed()
 
 
+@promise("When the inner of two blocks of one scope ends, the outer is guarded anew.")
 def recursion(stage: Stage) -> Outcome:
     """A scope within itself: one worker goes deep and is healthy, one hangs after the inner."""
-    after, levels, each = 2.0, 10, 0.3  # each level is quick, all of them are not
+    # Each level is quick, even if the machine stands still for ten seconds; all of them are not.
+    after, levels, each = 12.0, 9, 1.5
 
     def go_down(levels_left: int) -> None:
         with stage.timer.expires(after, "level"):
@@ -78,38 +83,19 @@ def recursion(stage: Stage) -> Outcome:
                 go_down(levels_left - 1)
 
     def healthy() -> None:
-        stage.say("healthy")
         go_down(levels)
         stage.say("came through")
         hang()
 
     def hung() -> None:
+        stage.say("hangs")
         with stage.timer.expires(1, "step"):
             with stage.timer.expires(60, "step"):
                 pass
-            stage.say("hangs")
             hang()
 
     stage.play(healthy, hung, max_interval=SOON)
-    (who,) = stage.hear("healthy")
-    deep = Watched(who.pid, who.at)
     outcome = stage.must_be_killed()
-    came_through = deep.death_within(levels * each) is None and stage.hear("came through") != []
+    came_through = stage.overhear("came through", 1, levels * each + stage.window) != []
     deep_figure = "" if came_through else "; a healthy recursion was killed"
     return Outcome(outcome.holds and came_through, outcome.figure + deep_figure)
-
-
-ROWS = [
-    Row(
-        "scope-name",
-        "An unnamed block ends its own timer, never that of the block around it.",
-        scope_name,
-    ),
-    Row("scope-cost", "An unnamed block costs what a named one does.", scope_cost),
-    Row("threads", "Threads in scopes of one name have timers of their own.", threads),
-    Row(
-        "recursion",
-        "When the inner of two blocks of one scope ends, the outer is guarded anew.",
-        recursion,
-    ),
-]

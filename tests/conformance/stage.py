@@ -15,22 +15,23 @@ import multiprocessing
 import os
 import select
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from conformance.row import LOCAL, Outcome, death
+from conformance.row import LOCAL, OURS, Outcome, death
+from support.history import Log, Record
+from support.nursery import LIMIT
+from support.processes import Gate, Watched
+from support.processes import fork as fork_and_end
 
 PATIENCE = 25.0
-"""How long a scenario waits for what must come before it gives up."""
-WINDOW = 5.0
-"""How long a worker whose limit is 1 s may live on; whoever waits longer has missed it."""
+"""How long a scenario waits for what must come before it gives up, with another implementation."""
 SOON = 0.1
 """A max_interval like that of torchrun: short, so that nothing else is measured."""
+BEFORE_A_ROUND = 45.0
+"""Seconds that are too short for the default `max_interval` of 60 s, whatever the machine does."""
 
 Body = Callable[[], None]
 _fork = multiprocessing.get_context("fork")
@@ -46,48 +47,6 @@ class Server(Protocol):
     def clear_timers(self, worker_ids: set[Any], /) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Said:
-    """What a process told the observer: `at` is its monotonic clock, which all share."""
-
-    word: str
-    pid: int
-    at: float
-    value: float
-    note: str
-
-
-class Gate:
-    """A gate that one process opens for so many others; made before any of them is forked."""
-
-    def __init__(self) -> None:
-        self._read, self._write = os.pipe()
-
-    def open(self, count: int = 1) -> None:
-        """Let `count` processes through."""
-        os.write(self._write, b"." * count)
-
-    def wait(self) -> None:
-        """Wait to be let through."""
-        os.read(self._read, 1)
-
-
-class Watched:
-    """A process that the observer watches; it need not be its child."""
-
-    def __init__(self, pid: int, since: float | None = None) -> None:
-        self.pid = pid
-        self._since = time.monotonic() if since is None else since
-        self._pidfd = os.pidfd_open(pid)
-
-    def death_within(self, seconds: float) -> float | None:
-        """Wait for its death; return after how many seconds it came, None if it didn't."""
-        left = max(0.0, self._since + seconds - time.monotonic())
-        if not select.select([self._pidfd], [], [], left)[0]:
-            return None
-        return time.monotonic() - self._since
-
-
 class Stage:
     """One server with its workers, to be played.
 
@@ -95,17 +54,24 @@ class Stage:
         implementation: the module under test.
         pair: `LOCAL` or `FILE`.
         name: tells several stages of a scenario apart.
+
+    Attributes:
+        window: how long a worker whose limit is 1 s may live on. Whoever waits longer has missed
+            it; of ours, that it never dies is only said after what no machine takes.
     """
 
     def __init__(self, implementation: str, pair: str, name: str = "timer") -> None:
         self.implementation = implementation
         self.pair = pair
         self.timer = importlib.import_module(implementation)
+        self.window = LIMIT if implementation == OURS else 5.0
         # Of both implementations, who puts into the queue must be a fork of who made it.
         self.queue = _fork.Queue()
         self.path = os.path.abspath(name)
-        self._ears, self._mouth = os.pipe()
-        self._heard: list[Said] = []
+        self._ears, mouth = os.pipe()
+        self._log = Log(mouth)
+        self._heard: list[Record] = []
+        self._later = Gate()
 
     def warm_up_logging(self) -> None:
         """Have an exception logged, in the observer, before anybody is forked.
@@ -125,10 +91,8 @@ class Stage:
     @property
     def stderr(self) -> str:
         """What the server's process and its workers wrote to their standard error."""
-        try:
-            return Path(f"{self.path}.stderr").read_text(errors="replace")
-        except FileNotFoundError:
-            return ""
+        path = Path(f"{self.path}.stderr")
+        return path.read_text(errors="replace") if path.exists() else ""
 
     # -- in the server's process --
 
@@ -147,13 +111,14 @@ class Stage:
             self.timer.configure(self.client(**client_options))
             body()
 
-        return start_process(work)
+        return fork(work)
 
     def play_here(
         self,
         *workers: Body,
         before: Body | None = None,
         then: Callable[[Server], None] | None = None,
+        later: Body | None = None,
         signal_of_client: int | None = None,
         **options: object,
     ) -> None:
@@ -170,7 +135,9 @@ class Stage:
         self.say("started")
         if then is not None:
             then(server)
-        hang()
+        while True:
+            self._later.wait()
+            self.start_worker(later or self.hang_after(0.1, word="later"))
 
     # -- in a worker --
 
@@ -182,12 +149,13 @@ class Stage:
             made = self.timer.FileTimerClient(self.path, **options)
         return made
 
-    def hang_after(self, seconds: float, scope: str = "step") -> Body:
+    def hang_after(self, seconds: float, scope: str = "step", word: str = "hangs") -> Body:
         """Return a worker that hangs in a block that may take so many seconds."""
 
         def body() -> None:
+            # Said before it arms: from then on it may be killed at any time.
+            self.say(word)
             with self.timer.expires(seconds, scope):
-                self.say("hangs")
                 hang()
 
         return body
@@ -196,45 +164,27 @@ class Stage:
 
     def say(self, word: str, value: float = 0.0, note: str = "") -> None:
         """Tell the observer something."""
-        said = Said(word, os.getpid(), time.monotonic(), value, note)
-        # One write of less than PIPE_BUF bytes: no lock, nothing that a kill could break.
-        os.write(self._mouth, json.dumps(asdict(said)).encode() + b"\n")
+        self._log.write(word, pid=os.getpid(), value=value, scope=note)
 
     # -- the observer --
 
-    def play(
-        self,
-        *workers: Body,
-        before: Body | None = None,
-        then: Callable[[Server], None] | None = None,
-        signal_of_client: int | None = None,
-        **options: object,
-    ) -> Watched:
+    def play(self, *workers: Body, **how: Any) -> Watched:
         """Start a server's process with its workers; return when the server has started.
 
         Args:
             workers: what each worker does, with the client configured.
-            before: what the server's process does first.
-            then: what it does after it has started the workers.
-            signal_of_client: the signal that the workers' `FileTimerClient` gets.
-            options: of the server.
+            how: `before` is what the server's process does first, `then` what it does after it
+                has started the workers, `later` what each worker does that is started after
+                that; `signal_of_client` is for the workers' `FileTimerClient`; the rest are
+                options of the server.
         """
-        pid = start_process(
-            lambda: self.play_here(
-                *workers,
-                before=before,
-                then=then,
-                signal_of_client=signal_of_client,
-                **options,
-            )
-        )
-        process = Watched(pid)
+        process = Watched(fork(lambda: self.play_here(*workers, **how)))
         self.hear("started")
         return process
 
-    def hear(self, word: str, count: int = 1) -> list[Said]:
+    def hear(self, word: str, count: int = 1) -> list[Record]:
         """Wait until `word` was said so often; return who said it."""
-        found = self.overhear(word, count, PATIENCE)
+        found = self.overhear(word, count, max(PATIENCE, self.window))
         if len(found) < count:
             raise AssertionError(
                 f"heard {word!r} {len(found)} times, not {count}, and {self._heard}; "
@@ -242,12 +192,12 @@ class Stage:
             )
         return found
 
-    def overhear(self, word: str, count: int, within: float) -> list[Said]:
+    def overhear(self, word: str, count: int, within: float) -> list[Record]:
         """Return who says `word`, at most `count` of them, within so many seconds."""
-        found: list[Said] = []
+        found: list[Record] = []
         until = time.monotonic() + within
         while True:
-            for said in [said for said in self._heard if said.word == word][: count - len(found)]:
+            for said in [said for said in self._heard if said.do == word][: count - len(found)]:
                 self._heard.remove(said)
                 found.append(said)
             left = until - time.monotonic()
@@ -256,26 +206,64 @@ class Stage:
             if select.select([self._ears], [], [], left)[0]:
                 # What one process wrote at once is read at once: nothing is cut in two.
                 lines = os.read(self._ears, 1 << 16).splitlines()
-                self._heard += [Said(**json.loads(line)) for line in lines]
+                self._heard += [Record(**json.loads(line)) for line in lines]
 
-    def must_be_killed(self, word: str = "hangs", count: int = 1) -> Outcome:
+    def must_be_killed(self, count: int = 1, within: float | None = None) -> Outcome:
         """Hear of workers that hang: the promise holds if each is killed within the window."""
-        hung = [Watched(said.pid, said.at) for said in self.hear(word, count)]
-        deaths = [process.death_within(WINDOW) for process in hung]
+        within = within or self.window
+        hung = [Watched(said.pid, said.at) for said in self.hear("hangs", count)]
+        deaths = [process.death_within(within) for process in hung]
         killed = [after for after in deaths if after is not None]
         if count == 1:
-            return Outcome(len(killed) == 1, death(deaths[0], WINDOW))
+            return Outcome(len(killed) == 1, death(deaths[0], within))
         if len(killed) == count:
             return Outcome(True, f"{count} of {count} killed, the last after {max(killed):.1f} s")
-        return Outcome(False, f"{count - len(killed)} of {count} still alive after {WINDOW:g} s")
+        return Outcome(False, f"{count - len(killed)} of {count} still alive after {within:g} s")
 
-    def request(self, pid: int, scope: str, expires_in: float, signal_number: int = 9) -> None:
-        """Send a server a request that no client of this stage has made."""
+    def start_later(self, word: str = "later") -> Watched | None:
+        """Have the server's process start one more worker; None if it does not."""
+        self._later.open()
+        found = self.overhear(word, 1, self.window)
+        return Watched(found[0].pid, found[0].at) if found else None
+
+    def goes_on(self) -> bool:
+        """Have one more worker hang; tell whether it is killed, and so all before it has been."""
+        later = self.start_later()
+        return later is not None and later.death_within(self.window) is not None
+
+    def takes_requests(self, worker: Watched | None) -> bool:
+        """Ask by hand for a worker's end; tell whether all requests have been taken by now.
+
+        Other implementations only get the time for it: theirs may end the server's process, too.
+        """
+        if self.implementation != OURS:
+            time.sleep(1.5)
+            return True
+        if worker is None:
+            return False
+        self.request(worker.pid, "step", -1)
+        return worker.death_within(3 * self.window) is not None
+
+    def wait_until(self, condition: Callable[[], bool]) -> bool:
+        """Wait until something is so; return False if it isn't within the window."""
+        until = time.monotonic() + self.window
+        while not condition():
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def request(self, pid: int, scope: str, expires_in: float) -> None:
+        """Send the server a request that no client of this stage has made."""
         expiration = time.time() + expires_in
         if self.pair == LOCAL:
-            self.queue.put(self.timer.TimerRequest(pid, scope, expiration))
+            request = self.timer.TimerRequest(pid, scope, expiration)
+            # When this process has ended, the request is in the queue's pipe.
+            putter = _fork.Process(target=self.queue.put, args=(request,))
+            putter.start()
+            putter.join()
         else:
-            self.write(request_line(pid, scope, expiration, signal_number))
+            self.write(request_line(pid, scope, expiration, signal.SIGKILL))
 
     def write(self, lines: str) -> None:
         """Write lines into the FIFO at once."""
@@ -285,7 +273,7 @@ class Stage:
 
     def open_fifo(self) -> int:
         """Open the FIFO's writing end as soon as there is a reader."""
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + PATIENCE + self.window
         while True:
             try:
                 return os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
@@ -301,34 +289,26 @@ def request_line(pid: int, scope: str, expiration_time: float, signal_number: in
     return json.dumps({**request, "signal": signal_number}) + "\n"
 
 
-def start_process(body: Body) -> int:
-    """Fork a process that does something and ends; return its pid."""
+def fork(body: Body) -> int:
+    """Fork a process of a scenario: it outlives its parent, but not the scenario."""
 
     def act() -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        try:
-            body()
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            raise
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the observer's handler is not for it
+        body()
 
-    process = _fork.Process(target=act)
-    process.start()
-    assert process.pid is not None
-    return process.pid
+    return fork_and_end(act, outlives_us=True)
 
 
-def hang(seconds: float = 30.0) -> None:
-    """Do nothing for longer than any scenario takes, but not forever: nobody is left behind."""
-    time.sleep(seconds)
+def hang() -> None:
+    """Do nothing for longer than any scenario takes; whoever is left is killed in the end."""
+    time.sleep(1000)
 
 
-def hold_the_gil(seconds: float) -> None:
-    """Hold the GIL in C."""
-    ctypes.PyDLL(None).usleep(int(seconds * 1_000_000))
+def hold_the_gil_until(gate: Gate) -> None:
+    """Wait at a gate, in C, with the GIL."""
+    ctypes.PyDLL(None).read(gate.reading, ctypes.create_string_buffer(1), 1)
 
 
-def deaths(processes: Iterable[Watched], within: float) -> int:
-    """Count how many are dead so many seconds after each was first seen."""
-    return sum(process.death_within(within) is not None for process in processes)
+def killed(processes: Iterable[Watched]) -> int:
+    """Count how many are dead, or as good as dead."""
+    return sum(process.is_killed() for process in processes)

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from conformance.table import CASES, PAGE, cases_in, table_of, with_table
-from conformance.theatre import OURS, TORCH, Result
+from conformance.contract import CASES
+from conformance.row import OURS, TORCH
+from conformance.table import PAGE, cases_in, table_of, with_table
+from conformance.theatre import Result
 
 
 def results(version: str = "2.13.0") -> list[Result]:

@@ -9,17 +9,23 @@ from collections.abc import Callable
 
 import psutil
 
-from conformance.row import FILE, LOCAL, Outcome, Row
-from conformance.stage import PATIENCE, SOON, Gate, Server, Stage, hang, request_line
+from conformance.row import FILE, LOCAL, Outcome, promise
+from conformance.stage import PATIENCE, SOON, Server, Stage, hang, request_line
+from support.processes import Gate
 
 
 class UserError(Exception):
     """What a block's body raises."""
 
 
+@promise(
+    "A worker that is killed while it arms keeps no other worker's timers back.",
+    LOCAL,
+    by_chance=True,
+)
 def queue_lock(stage: Stage) -> Outcome:
     """Workers are killed in the midst of arming; then one that is left hangs."""
-    loops, pause = 12, 0.03
+    loops, pause = 12, 0.01
     go = Gate()
 
     def loop() -> None:
@@ -40,6 +46,7 @@ def queue_lock(stage: Stage) -> Outcome:
     return stage.must_be_killed()
 
 
+@promise("Arming neither waits nor raises because the server is slow.", FILE)
 def slow_server(stage: Stage) -> Outcome:
     """A worker enters 1,000 blocks while everything on the server's side stands still."""
     blocks = 1000
@@ -70,16 +77,18 @@ def slow_server(stage: Stage) -> Outcome:
             one.suspend()
     start = time.monotonic()
     go.open()
-    said = stage.overhear("failed", 1, PATIENCE)
+    within = max(PATIENCE, stage.window)
+    said = stage.overhear("failed", 1, within)
     if not said:
-        return Outcome(False, f"1,000 blocks not done within {PATIENCE:g} s")
+        return Outcome(False, f"1,000 blocks not done within {within:g} s")
     failed = int(said[0].value)
     took = said[0].at - start
     if failed:
-        return Outcome(False, f"{failed} of {blocks:,} blocks raised, first {said[0].note}")
+        return Outcome(False, f"{failed} of {blocks:,} blocks raised, first {said[0].scope}")
     return Outcome(True, f"{blocks:,} of {blocks:,} blocks entered, in {took * 1000:,.0f} ms")
 
 
+@promise("Who keeps the FIFO open delays no kill.", FILE)
 def hold_open(stage: Stage) -> Outcome:
     """A stranger opens the FIFO for writing and keeps it; then a worker hangs."""
     go = Gate()
@@ -94,6 +103,7 @@ def hold_open(stage: Stage) -> Outcome:
     return stage.must_be_killed()
 
 
+@promise("A bad line of the FIFO is dropped alone.", FILE)
 def garbage(stage: Stage) -> Outcome:
     """Twenty requests and one line that is none come at once."""
     good = 20
@@ -112,14 +122,15 @@ def garbage(stage: Stage) -> Outcome:
     # Signal 0: the timers expire, and nobody is killed for it.
     lines = [request_line(worker.pid, f"scope {n}", overdue, 0) for n in range(good)]
     stage.write("".join([*lines, '{"version": 1, "pid": \n']))
-    until = time.monotonic() + 6
+    until = time.monotonic() + stage.window + 1
     expired: set[str] = set()
     while len(expired) < good and time.monotonic() < until:
         left = until - time.monotonic()
-        expired |= {said.note for said in stage.overhear("timer expired", 1, left)}
+        expired |= {said.scope for said in stage.overhear("timer expired", 1, left)}
     return Outcome(len(expired) == good, f"{len(expired)} of {good} good requests taken")
 
 
+@promise("A release that fails never replaces the exception of the block's body.")
 def masked_error(stage: Stage) -> Outcome:
     """A body fails in a block whose release fails, too: its server is gone, or never was."""
     stop, gone = Gate(), Gate()
@@ -156,29 +167,6 @@ def masked_error(stage: Stage) -> Outcome:
         gone.open()
 
     stage.play(body, then=then, max_interval=SOON)
-    raised = [said.note for said in stage.hear("raised", 2)]
+    raised = [said.scope for said in stage.hear("raised", 2)]
     names = " and ".join(dict.fromkeys(raised))
     return Outcome(set(raised) == {UserError.__name__}, f"the caller sees {names}")
-
-
-ROWS = [
-    Row(
-        "queue-lock",
-        "A worker that is killed while it arms keeps no other worker's timers back.",
-        queue_lock,
-        (LOCAL,),
-    ),
-    Row(
-        "masked-error",
-        "A release that fails never replaces the exception of the block's body.",
-        masked_error,
-    ),
-    Row(
-        "slow-server",
-        "Arming neither waits nor raises because the server is slow.",
-        slow_server,
-        (FILE,),
-    ),
-    Row("hold-open", "Who keeps the FIFO open delays no kill.", hold_open, (FILE,)),
-    Row("garbage", "A bad line of the FIFO is dropped alone.", garbage, (FILE,)),
-]

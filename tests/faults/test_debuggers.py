@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 
-from support.watchers import RunningWatcher, StartWatcher, wait_until
+from support.nursery import LIMIT, Worker
+from support.watchers import CONNECT, RunningWatcher, StartWatcher, wait_until
 
-PDB = """
-import hangwatch, sys, time
+PDB = f"""
+import sys, time, hangwatch
+exec({CONNECT!r})
 def look_here():
-    with hangwatch.expires(0.5, "debugged"):
+    with hangwatch.expires(1000, "debugged") as timer:
         breakpoint()
         time.sleep(float(sys.argv[1]))
 look_here()
@@ -22,92 +26,119 @@ look_here()
 
 
 def at_prompt(watcher: RunningWatcher, then: float = 0.0) -> subprocess.Popen[str]:
+    """Start a worker that overruns while it is at a prompt, and takes so long after that."""
     path = watcher.report_dir.parent / "debugged.py"
     path.write_text(PDB)
     worker = watcher.interpreter(path, str(then), stdin=subprocess.PIPE)
     assert worker.stdout is not None
     while "->" not in (line := worker.stdout.readline()):
         assert line
+    assert worker.stdin is not None
+    print("timer.renew(0.3)", file=worker.stdin, flush=True)
     return worker
 
 
-def test_who_is_at_a_prompt_is_reported_once_and_lives(start_watcher: StartWatcher) -> None:
-    watcher = start_watcher()
+def outcomes(watcher: RunningWatcher, pid: int) -> list[str]:
+    return [report["outcome"] for report in watcher.reports(pid=pid)]
+
+
+def test_a_worker_at_a_prompt_is_reported_once_and_lives(watcher: RunningWatcher) -> None:
     worker = at_prompt(watcher)
     report = watcher.report(pid=worker.pid)
     assert report["outcome"] == "reported"
     assert report["debugger"][1:] == "db is at work in thread MainThread", "pdb or bdb"
     assert "left alone while that lasts" in report["actions"][-1]["result"]
-    time.sleep(5)  # some looks more
+    # The next look at it comes before the next look at another one, which hangs by then.
+    other = at_prompt(watcher, then=1000)
+    watcher.report(pid=other.pid)
+    other.communicate("continue\n", timeout=LIMIT)
+    assert other.returncode == -9
+    watcher.wait_for_reports(2, pid=other.pid)
+    assert outcomes(watcher, other.pid) == ["reported", "reaped"]
     assert worker.poll() is None
-    assert len(watcher.reports()) == 1
-    worker.communicate("continue\n", timeout=30)
+    worker.communicate("continue\n", timeout=LIMIT)
     assert worker.returncode == 0
-    watcher.server.stop()
-    assert len(watcher.reports()) == 1
+    assert outcomes(watcher, worker.pid) == ["reported"]
 
 
-def test_who_hangs_after_the_prompt_is_killed_then(start_watcher: StartWatcher) -> None:
-    watcher = start_watcher()
-    worker = at_prompt(watcher, then=1000)
-    watcher.report(pid=worker.pid)
-    worker.communicate("continue\n", timeout=30)
-    assert worker.returncode == -9
-    watcher.server.stop()
-    assert [report["outcome"] for report in watcher.reports()] == ["reported", "reaped"]
-
-
-def test_kill_debugged(start_watcher: StartWatcher) -> None:
-    watcher = start_watcher(kill_debugged=True)
+def test_kill_debugged(watcher_with: StartWatcher) -> None:
+    watcher = watcher_with(kill_debugged=True)
     worker = at_prompt(watcher)
-    assert worker.wait(30) == -9
+    assert worker.wait(LIMIT) == -9
     worker.communicate()
     assert watcher.report(pid=worker.pid)["outcome"] == "reaped"
 
 
+def traced(watcher: RunningWatcher) -> tuple[Worker, subprocess.Popen[bytes]]:
+    """Start a worker that hangs as soon as it is traced, and its tracer."""
+    script = """
+import sys, time, hangwatch
+with hangwatch.expires(1000, "traced") as timer:
+    sys.stdin.readline()
+    timer.renew(0.3)
+    time.sleep(1000)
+"""
+    worker = watcher.connected_worker(script, stdin=subprocess.PIPE)
+    command = ["strace", "-q", "-p", str(worker.pid), "-o", "/dev/null"]
+    tracer = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    status = Path(f"/proc/{worker.pid}/status")
+    wait_until(lambda: f"TracerPid:\t{tracer.pid}\n" in status.read_text(), "the tracer")
+    worker.write_line()
+    return worker, tracer
+
+
 @pytest.mark.skipif(shutil.which("strace") is None, reason="no strace to trace with")
-def test_who_is_traced_is_not_even_asked_for_its_stacks(start_watcher: StartWatcher) -> None:
-    watcher = start_watcher()
-    script = "import time, hangwatch\nwith hangwatch.expires(0.5, 'traced'): time.sleep(1000)"
-    worker = watcher.worker(script)
-    tracer = subprocess.Popen(
-        ["strace", "-q", "-p", str(worker.pid), "-o", "/dev/null"], stderr=subprocess.DEVNULL
-    )
+def test_a_worker_that_is_traced_is_not_even_asked_for_its_stacks(watcher: RunningWatcher) -> None:
+    worker, tracer = traced(watcher)
     report = watcher.report(pid=worker.pid)
     assert report["outcome"] == "reported"
     assert f"process {tracer.pid} traces it" in report["debugger"]
     assert report["threads"] == []
-    time.sleep(2.5)
-    assert worker.poll() is None
-    tracer.terminate()
-    tracer.wait()
-    assert worker.wait(30) == -9, "killed once nobody traces it"
-    worker.communicate()
-    watcher.server.stop()
-    assert [report["outcome"] for report in watcher.reports()] == ["reported", "reaped"]
+    # The next look at it comes before the next look at another one, which is not traced by then.
+    other, its_tracer = traced(watcher)
+    watcher.report(pid=other.pid)
+    for one, its in ((other, its_tracer), (worker, tracer)):
+        assert worker.poll() is None
+        its.terminate()
+        its.wait()
+        assert one.wait() == -9, "killed once nobody traces it"
+        watcher.wait_for_reports(2, pid=one.pid)
+        assert outcomes(watcher, one.pid) == ["reported", "reaped"]
+
+
+def asked_at(pid: int) -> int:
+    """Return when a process wrote down its stacks last."""
+    (channel,) = (
+        path
+        for path in Path(f"/proc/{pid}/fd").iterdir()
+        if "hangwatch-stacks" in os.readlink(path)
+    )
+    return channel.stat().st_mtime_ns
 
 
 def test_a_successor_does_not_report_it_again(start_watcher: StartWatcher) -> None:
-    import os
-    import signal
-
     watcher = start_watcher()
     worker = at_prompt(watcher, then=1000)
     watcher.report(pid=worker.pid)
-    time.sleep(0.5)  # the report is out a moment before the keeper knows of it
+    # Until this one's report is out, the keeper has come to know of the other's.
+    hang = "import time, hangwatch\nwith hangwatch.expires(0.3, 'hangs'): time.sleep(1000)"
+    watcher.report(pid=watcher.connected_worker(hang).pid)
     before = watcher.pid
     os.kill(before, signal.SIGKILL)
     wait_until(lambda: watcher.pid != before, "a successor")
-    time.sleep(3)
+    last_asked = asked_at(worker.pid)
+    wait_until(lambda: asked_at(worker.pid) > last_asked, "a look at it")
+    watcher.report(pid=watcher.connected_worker(hang).pid)
     assert worker.poll() is None
-    assert len(watcher.reports()) == 1
-    worker.communicate("continue\n", timeout=30)
+    worker.communicate("continue\n", timeout=LIMIT)
     assert worker.returncode == -9, "the successor looks again, too"
+    watcher.wait_for_reports(2, pid=worker.pid)
+    assert outcomes(watcher, worker.pid) == ["reported", "reaped"]
 
 
 @pytest.mark.parametrize("choice", ["on_expiry='raise'", "signal=signal.SIGUSR1, grace=1"])
 @pytest.mark.parametrize("before", ["import pdb", ""], ids=["loaded before", "loaded inside"])
-def test_who_would_live_on_is_only_reported_where_a_debugger_is_loaded(
+def test_a_worker_that_would_live_on_is_only_reported_where_a_debugger_is_loaded(
     watcher: RunningWatcher, choice: str, before: str
 ) -> None:
     """It isn't asked for its stacks, which would show whether the debugger is at work."""
@@ -115,14 +146,15 @@ def test_who_would_live_on_is_only_reported_where_a_debugger_is_loaded(
 import signal, sys, time, hangwatch
 signal.signal(signal.SIGUSR1, lambda *_: print("signalled"))
 {before}
-with hangwatch.expires(0.5, "soft", {choice}):
+with hangwatch.expires(1000, "soft", {choice}) as timer:
     import bdb
+    timer.renew(0.3)
     sys.stdin.readline()
 print("went on")
 """
-    worker = watcher.worker(script, stdin=subprocess.PIPE)
+    worker = watcher.connected_worker(script, stdin=subprocess.PIPE)
     report = watcher.report(pid=worker.pid)
-    out, _ = worker.communicate("\n", timeout=30)
+    out, _ = worker.communicate("\n")
     assert (worker.returncode, out) == (0, "went on\n")
     assert report["outcome"] == "reported"
     assert report["debugger"] == "bdb or pydevd is loaded, and may be at work"

@@ -3,41 +3,50 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
-import sys
 import time
+from pathlib import Path
+from typing import Any
 
-from support.processes import is_alive
-from support.watchers import RunningWatcher, StartWatcher
+import pytest
 
-# Leaves its block when it is told to.
+from hangwatch.watcher.fair_clock import FairClock
+from support.nursery import Worker, nursery
+from support.watchers import RunningWatcher, StartWatcher, wait_until
+
+# Enters its block when it is told to, and leaves it when it is told to.
 WAITS = """
-import sys, time, hangwatch
-with hangwatch.expires(2, "paused with all"):
+import sys, hangwatch
+print("ready", flush=True)
+sys.stdin.readline()
+with hangwatch.expires(1, "paused with all"):
     print("in", flush=True)
     sys.stdin.readline()
 print("out", flush=True)
 """
 
-
-# Asked to end, it does so after a second's work, and says how.
-TIDIES_UP = """
-import os, signal, time, hangwatch
-def asked(*_):
-    print("asked", flush=True)
-    for _ in range(100): time.sleep(0.01)
-    os._exit(7)
-signal.signal(signal.SIGTERM, asked)
-with hangwatch.expires(0.3, "tidies up", grace=3):
-    print("in", flush=True)
-    time.sleep(1000)
+# Does nothing about being asked to end.
+DEAF = """
+import signal, time, hangwatch
+signal.signal(signal.SIGTERM, lambda *_: print("asked", flush=True))
+print("ready", flush=True)
+with hangwatch.expires(0.05, "deaf", grace=1):
+    while True: time.sleep(1000)
 """
 
 
 def stop(*pids: int) -> None:
+    """Stop processes; return when they stand still."""
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
+    for pid in pids:
+        wait_until(lambda pid=pid: state_of(pid) == "T", "it is stopped")  # type: ignore[misc]
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def go_on(*pids: int) -> None:
@@ -45,102 +54,141 @@ def go_on(*pids: int) -> None:
         os.kill(pid, signal.SIGCONT)
 
 
-def start(watcher: RunningWatcher, script: str) -> subprocess.Popen[str]:
-    worker = watcher.worker(script, stdin=subprocess.PIPE)
-    assert worker.stdout is not None
-    assert worker.stdout.readline() == "in\n"
+def sleeps_of(pid: int) -> int:
+    """Count how often a process has gone to sleep."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.findall(r"^voluntary_ctxt_switches:\s*(\d+)", status, re.M)[0])
+
+
+def start(watcher: RunningWatcher, script: str) -> Worker:
+    worker = watcher.connected_worker(script, stdin=subprocess.PIPE)
+    assert worker.read_line() == "ready"
     return worker
 
 
-def test_a_pause_of_all_costs_the_overdue_one_settling_time(start_watcher: StartWatcher) -> None:
-    watcher = start_watcher()
-    gets_away = start(watcher, WAITS)
-    hangs = start(watcher, WAITS)
-    pid = watcher.pid
-    everybody = watcher.keeper_pid, pid, gets_away.pid, hangs.pid
-    stop(*everybody)
-    time.sleep(4)  # longer than the limit, and than any watcher may be silent
-    assert gets_away.stdin is not None
-    gets_away.stdin.write("leave\n")
-    gets_away.stdin.flush()
-    # The keeper may run first, and still finds a watcher that is stopped and says nothing.
-    go_on(watcher.keeper_pid)
-    time.sleep(0.2)
-    go_on(gets_away.pid, hangs.pid, pid)
-    out, _ = gets_away.communicate(timeout=30)
-    assert (gets_away.returncode, out) == (0, "out\n")
-    assert hangs.wait(30) == -9
-    (killed,) = [
-        action["at_s"]
-        for action in watcher.report(pid=hangs.pid)["actions"]
-        if action["action"] == "SIGKILL"
+def sent(report: dict[str, Any], name: str) -> float | None:
+    """Return when a signal was sent, in seconds from the verdict; None: it was not."""
+    found = [action["at_s"] for action in report["actions"] if action["action"] == name]
+    return found[0] if found else None
+
+
+def blamed(log: str) -> list[str]:
+    """Return for what watchers were replaced, but that they had not run for so long."""
+    reasons = re.findall(r"the watcher \(process \d+\) (.*) and is replaced", log)
+    silences = [re.fullmatch(r"has done nothing for (.*) s", reason) for reason in reasons]
+    return [
+        reason
+        for reason, silence in zip(reasons, silences, strict=True)
+        if silence is None or float(silence[1]) < 5
     ]
+
+
+def test_a_pause_of_all_costs_the_overdue_one_settling_time(
+    start_watcher: StartWatcher, capfd: pytest.CaptureFixture[str]
+) -> None:
+    watcher = start_watcher()
+    gets_away, hangs = start(watcher, WAITS), start(watcher, WAITS)
+    keeper, pid = watcher.keeper_pid, watcher.pid
+    stop(keeper, pid)
+    for worker in (gets_away, hangs):
+        worker.write_line()
+        assert worker.read_line() == "in"
+    stop(gets_away.pid, hangs.pid)
+    time.sleep(2.5)  # longer than the limit, and than any watcher may be stopped
+    gets_away.write_line()
+    # The keeper runs first, and still finds a watcher that is stopped and says nothing.
+    slept, began = sleeps_of(keeper), time.monotonic()
+    go_on(keeper)
+    wait_until(lambda: sleeps_of(keeper) > slept, "the keeper has looked around")
+    go_on(pid)
+    # Where this took long, the keeper was right to find the watcher stopped once more.
+    stopped_for = time.monotonic() - began
+    go_on(gets_away.pid, hangs.pid)
+    out, _ = gets_away.communicate()
+    assert hangs.wait() == -signal.SIGKILL
+    killed = sent(watcher.report(pid=hangs.pid), "SIGKILL")
+    assert killed is not None
     assert killed >= 1, "one settling time: min(pause, limit, 1 s)"
-    assert watcher.pid == pid, "and the watcher is not blamed either"
+    if gets_away.returncode:  # it did not run for long after the pause, either
+        killed = sent(watcher.report(pid=gets_away.pid), "SIGKILL")
+        assert killed is not None
+        assert killed >= 1
+    else:
+        assert out == "out\n"
+    watcher.server.stop()
+    assert blamed(capfd.readouterr().err) == [] or stopped_for > 0.7
     hangs.communicate()
 
 
-def test_a_pause_of_all_does_not_count_as_grace(start_watcher: StartWatcher) -> None:
+def test_a_pause_of_all_does_not_count_as_grace(
+    start_watcher: StartWatcher, capfd: pytest.CaptureFixture[str]
+) -> None:
     watcher = start_watcher()
-    worker = start(watcher, TIDIES_UP)
-    assert worker.stdout is not None
-    assert worker.stdout.readline() == "asked\n"
-    pid = watcher.pid
-    stop(watcher.keeper_pid, pid, worker.pid)
-    time.sleep(4)
-    go_on(pid)
-    time.sleep(0.2)  # in which it would kill
-    go_on(worker.pid, watcher.keeper_pid)
-    worker.communicate(timeout=30)
-    assert worker.returncode == 7
-    assert watcher.report(pid=worker.pid)["outcome"] == "reaped"
-    assert watcher.pid == pid
+    worker = start(watcher, DEAF)
+    assert worker.read_line() == "asked"
+    keeper, pid = watcher.keeper_pid, watcher.pid
+    stop(keeper, pid, worker.pid)
+    time.sleep(2.0)  # longer than the grace
+    go_on(pid, worker.pid, keeper)
+    assert worker.wait() == -signal.SIGKILL
+    report = watcher.report(pid=worker.pid)
+    asked, killed = sent(report, "SIGTERM"), sent(report, "SIGKILL")
+    assert asked is not None
+    assert killed is not None
+    assert killed - asked >= 2.8, "the pause, and a grace of 1 s"
+    watcher.server.stop()
+    assert blamed(capfd.readouterr().err) == []
+    worker.communicate()
 
 
-def test_a_pause_of_the_watcher_alone_extends_nothing(start_watcher: StartWatcher) -> None:
-    watcher = start_watcher()
-    killed: list[float] = []
-    # A settling time would be a second each time; a busy machine may cost as much once.
-    while not killed or (killed[-1] >= 0.9 and len(killed) < 4):
-        with start(watcher, WAITS) as worker:
-            pid = watcher.pid
-            time.sleep(1)
-            stop(pid)
-            assert worker.wait(30) == -9
-            assert not is_alive(pid), "it was replaced"
-            killed += [
-                action["at_s"]
-                for action in watcher.report(pid=worker.pid)["actions"]
-                if action["action"] == "SIGKILL"
-            ]
-    assert killed[-1] < 0.9, "without a settling time"
+def test_a_new_watcher_blames_no_pause_for_what_is_overdue() -> None:
+    """See also test_handover.py: who hung while nobody watched."""
+    clock = FairClock()
+    assert clock.notice() == 0
+    assert clock.settling(time.monotonic() - 5, limit=1.0) == 0
 
 
-def test_workers_that_were_stopped_alone_are_overdue(start_watcher: StartWatcher) -> None:
-    watcher = start_watcher()
-    worker = start(watcher, WAITS)
-    stop(worker.pid)
-    assert worker.wait(30) == -9
+def test_only_who_was_overdue_by_the_end_of_a_pause_may_settle() -> None:
+    clock = FairClock()
+    clock.sleeps_until(time.monotonic() - 2)
+    assert clock.notice() >= 2
+    paused_until = time.monotonic()
+    assert clock.settling(paused_until - 1, limit=0.5) == 0.5
+    assert clock.settling(paused_until - 1, limit=60) == 1.0
+    assert clock.settling(paused_until + 0.1, limit=60) == 0
+
+
+def test_workers_that_were_stopped_alone_are_overdue(watcher: RunningWatcher) -> None:
+    worker = watcher.connected_worker(
+        "import os, signal, hangwatch\n"
+        "with hangwatch.expires(0.3, 'stopped'): os.kill(os.getpid(), signal.SIGSTOP)"
+    )
+    assert worker.wait() == -signal.SIGKILL
     report = watcher.report(pid=worker.pid)
     assert report["process"]["state"] in ("T", "t")
     assert report["outcome"] == "reaped"
     worker.communicate()
 
 
-def test_load_does_not_defer_a_verdict_for_ever(start_watcher: StartWatcher) -> None:
+@pytest.mark.parametrize("workers", [1, pytest.param(5, marks=pytest.mark.long)])
+def test_load_does_not_defer_a_verdict_for_ever(
+    start_watcher: StartWatcher, capfd: pytest.CaptureFixture[str], workers: int
+) -> None:
     """More busy processes than CPUs; nobody is replaced for being starved, either."""
     watcher = start_watcher()
-    pid = watcher.pid
     count = 4 * (os.cpu_count() or 2)
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    started = [start(watcher, WAITS) for _ in range(workers)]
+    busy = [nursery().fork("while True: pass") for _ in range(count)]
     try:
-        for _ in range(3):
-            worker = start(watcher, WAITS)
-            assert worker.wait(40) == -9
+        for worker in started:
+            worker.write_line()
+            assert worker.read_line() == "in"
+            assert worker.wait() == -signal.SIGKILL
             worker.communicate()
-        assert watcher.pid == pid
     finally:
         for one in busy:
             one.kill()
             one.wait()
-    assert [report["outcome"] for report in watcher.reports()] == ["reaped"] * 3
+    watcher.server.stop()
+    assert blamed(capfd.readouterr().err) == []
+    assert [report["outcome"] for report in watcher.reports()] == ["reaped"] * workers

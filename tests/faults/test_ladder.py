@@ -7,16 +7,19 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
 
+from hangwatch import failpoints
 from support.namespaces import run_alone
+from support.nursery import LIMIT, Worker
 from support.processes import is_alive
-from support.watchers import RunningWatcher, StartWatcher, wait_until
+from support.watchers import CONNECT, RunningWatcher, StartWatcher, first_recovered, wait_until
 
 
 def actions(report: dict[str, Any]) -> list[str]:
@@ -24,126 +27,124 @@ def actions(report: dict[str, Any]) -> list[str]:
 
 
 def test_sigkill_at_once_without_a_grace(watcher: RunningWatcher) -> None:
-    worker = watcher.worker(
+    worker = watcher.connected_worker(
         """
 import signal, time, hangwatch
 signal.signal(signal.SIGTERM, lambda *_: print("SIGTERM", flush=True))
 with hangwatch.expires(0.3, "no grace"): time.sleep(1000)
 """,
     )
-    out, _ = worker.communicate(timeout=30)
+    out, _ = worker.communicate()
     assert (worker.returncode, out) == (-9, "")
     assert actions(watcher.report(pid=worker.pid)) == ["SIGKILL", "confirm"]
 
 
-def test_sigterm_and_a_grace_for_who_ends_by_itself(start_watcher: StartWatcher) -> None:
-    watcher = start_watcher(grace=20)
-    worker = watcher.worker(
+def test_sigterm_and_a_grace_for_a_worker_that_ends_by_itself(watcher_with: StartWatcher) -> None:
+    watcher = watcher_with(grace=1000)
+    worker = watcher.connected_worker(
         """
 import signal, sys, time, hangwatch
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
 with hangwatch.expires(0.3, "gentle"): time.sleep(1000)
 """,
     )
-    assert worker.wait(30) == 3
+    assert worker.wait() == 3
     report = watcher.report(pid=worker.pid)
     assert report["outcome"] == "reaped"
     assert actions(report) == ["SIGTERM", "confirm"]
-    worker.communicate()
 
 
-def test_who_leaves_the_block_on_sigterm_and_goes_on_is_left_alone(
-    start_watcher: StartWatcher,
+def test_a_worker_that_leaves_the_block_on_sigterm_and_goes_on_is_left_alone(
+    watcher: RunningWatcher,
 ) -> None:
-    watcher = start_watcher(grace=1)
-    worker = watcher.worker(
-        """
+    script = """
 import signal, sys, time, hangwatch
 class Stop(Exception): pass
 def stop(*_): raise Stop
 signal.signal(signal.SIGTERM, stop)
 try:
-    with hangwatch.expires(0.3, "brief"): time.sleep(1000)
+    with hangwatch.expires(0.3, "brief", grace=1): time.sleep(1000)
 except Stop: pass
-time.sleep(2)
-""",
+sys.stdin.readline()
+"""
+    worker, report = first_recovered(
+        watcher, lambda: watcher.connected_worker(script, stdin=subprocess.PIPE)
     )
-    worker.communicate(timeout=30)
+    worker.communicate("end\n")
     assert worker.returncode == 0
-    report = watcher.report(pid=worker.pid)
-    assert report["outcome"] == "recovered"
     assert actions(report) == ["SIGTERM", "look"]
     assert "; after SIGTERM: the block has ended, at most" in report["headline"]
 
 
-def test_sigkill_after_the_grace_for_who_ignores_sigterm(start_watcher: StartWatcher) -> None:
-    watcher = start_watcher(grace=0.5)
-    worker = watcher.worker(
+def test_sigkill_after_the_grace_for_a_worker_that_ignores_sigterm(watcher: RunningWatcher) -> None:
+    worker = watcher.connected_worker(
         """
 import signal, time, hangwatch
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-with hangwatch.expires(0.3, "deaf"): time.sleep(1000)
+with hangwatch.expires(0.3, "deaf", grace=0.5): time.sleep(1000)
 """,
     )
-    worker.communicate(timeout=30)
-    assert worker.returncode == -9
+    assert worker.wait() == -9
     report = watcher.report(pid=worker.pid)
     assert actions(report) == ["SIGTERM", "SIGKILL", "confirm"]
     assert report["actions"][1]["at_s"] - report["actions"][0]["at_s"] >= 0.5
 
 
-def test_who_leaves_the_block_during_the_evidence_is_recovered(
-    start_watcher: StartWatcher,
+@pytest.mark.parametrize("then", ["sys.stdin.readline()", "os._exit(0)"], ids=["lives", "exits"])
+def test_a_worker_that_leaves_the_block_during_the_evidence_is_recovered(
+    start_watcher: StartWatcher, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
-    """Blocks that end around their verdict: killed before the end, or not at all."""
-    watcher = start_watcher()
-    script = """
-import sys, time, hangwatch
-with hangwatch.expires(0.3, "late"): time.sleep(0.3 + float(sys.argv[1]))
-time.sleep(0.3)
+    """A block that ends after its verdict: killed before its end, or not at all."""
+    events: Queue[str] = Queue()
+    with monkeypatch.context() as patch:
+        patch.setenv(failpoints.VARIABLE, "incident.gathered=sleep:1")
+        watcher = start_watcher(on_event=lambda event: events.put(event["event"]))
+    script = f"""
+import os, sys, hangwatch
+with hangwatch.expires(0.3, "late"): sys.stdin.readline()
+{then}
 """
-    workers = {}
-    for late in (0.004, 0.008, 0.015, 0.03, 0.06):
-        worker = watcher.worker(script, str(late))
-        worker.communicate(timeout=30)
-        workers[worker.pid] = worker.returncode
+
+    def start() -> Worker:
+        worker = watcher.connected_worker(script, stdin=subprocess.PIPE)
+        while events.get(timeout=LIMIT) != "expired":
+            pass
+        worker.write_line()
+        return worker
+
+    worker, report = first_recovered(watcher, start)
+    assert actions(report) == ["look"]
+    assert "; slow, not hung: the block has ended, at most" in report["headline"]
+    worker.communicate("end\n")
+    assert worker.returncode == 0
     watcher.server.stop()
-    for pid, status in workers.items():
-        outcomes = [r["outcome"] for r in watcher.reports() if r["worker"]["pid"] == pid]
-        assert outcomes in ([], ["recovered"], ["reaped"])
-        assert (status == -9) == (outcomes == ["reaped"])
-    found = [report for report in watcher.reports() if report["outcome"] == "recovered"]
-    assert found, "at least one of them left in time"
-    for report in found:
-        assert actions(report) == ["look"]
+    assert len(watcher.reports(pid=worker.pid)) == 1
 
 
 FAMILY = """
-import os, subprocess, sys, time, hangwatch
-child = subprocess.Popen([sys.executable, "-c",
-    "import subprocess, time; p = subprocess.Popen(['sleep', '1000']);"
-    "print(p.pid, flush=True); time.sleep(1000)"], stdout=subprocess.PIPE)
-grandchild = int(child.stdout.readline())
-print(child.pid, grandchild, flush=True)
-with hangwatch.expires(0.5, "family"): time.sleep(1000)
+import subprocess, time, hangwatch
+command = "sh -c 'sleep 1000 & echo $$ $!; wait' & wait"
+child = subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, text=True)
+print(child.pid, child.stdout.readline(), flush=True)
+with hangwatch.expires(0.3, "family"): time.sleep(1000)
 """
 
 
 @pytest.mark.parametrize("tree", [True, False])
 def test_descendants_are_killed_with_their_worker_unless_told_not_to(
-    start_watcher: StartWatcher, tree: bool
+    watcher_with: StartWatcher, tree: bool
 ) -> None:
-    watcher = start_watcher(tree=tree)
-    worker = watcher.worker(FAMILY, stderr=subprocess.DEVNULL)
-    assert worker.stdout is not None
-    family = [int(pid) for pid in worker.stdout.readline().split()]
-    assert worker.wait(30) == -9
+    watcher = watcher_with() if tree else watcher_with(tree=False)
+    worker = watcher.connected_worker(FAMILY, stderr=subprocess.DEVNULL)
+    family = [int(pid) for pid in worker.read_line().split()]
+    assert len(family) == 3
+    assert worker.wait() == -9
     report = watcher.report(pid=worker.pid)
     killed = [action for action in report["actions"] if "descendant" in action["action"]]
     try:
         if tree:
             wait_until(lambda: not any(map(is_alive, family)), "the descendants are dead")
-            assert len(killed) == 2
+            assert len(killed) == 3
             assert all(action["result"].endswith("it is dead") for action in killed)
         else:
             assert all(map(is_alive, family))
@@ -152,32 +153,35 @@ def test_descendants_are_killed_with_their_worker_unless_told_not_to(
         for pid in family:
             if is_alive(pid):
                 os.kill(pid, signal.SIGKILL)
-        worker.stdout.close()
 
 
 SPARED = """
 import os, tempfile, time
 from pathlib import Path
 import hangwatch
-from support.watchers import RunningWatcher
+from support.watchers import CONNECT, RunningWatcher
 
 # A worker whose child is a worker, too, with a child of its own: both are spared.
 WORKER = '''
-import subprocess, sys, time, hangwatch
-CHILD = "import subprocess, time, hangwatch\\\\np = subprocess.Popen(['sleep', '1000'])\\\\n" \\
-    "with hangwatch.expires(60, 'child'):\\\\n    print(p.pid, flush=True); time.sleep(1000)"
-child = subprocess.Popen([sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True)
+import os, subprocess, sys, time, hangwatch
+reading, writing = os.pipe()
+child = os.fork()
+if child == 0:
+    grandchild = subprocess.Popen(["sleep", "1000"]).pid
+    with hangwatch.expires(1000, 'child'):
+        exec(CONNECT)
+        os.write(writing, b"%d" % grandchild); time.sleep(1000)
 other = subprocess.Popen(["sleep", "1000"])
-print(child.pid, int(child.stdout.readline()), other.pid, flush=True)
+print(child, int(os.read(reading, 100)), other.pid, flush=True)
 with hangwatch.expires(0.5, "parent"): time.sleep(1000)
 '''
 with tempfile.TemporaryDirectory() as folder:
     with hangwatch.serve(report_dir=folder) as server:
         # The watcher itself descends from this process, which is a worker as well.
         watcher = RunningWatcher(server, Path(folder))
-        worker = watcher.worker(WORKER)
-        child, grandchild, other = map(int, worker.stdout.readline().split())
-        assert worker.wait(20) == -9
+        worker = watcher.connected_worker(f"CONNECT = {CONNECT!r}" + WORKER)
+        child, grandchild, other = map(int, worker.read_line().split())
+        assert worker.wait() == -9
         report = watcher.report(pid=worker.pid)
         alive = lambda pid: Path(f"/proc/{pid}/stat").exists() and \\
             Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -187,7 +191,6 @@ with tempfile.TemporaryDirectory() as folder:
         killed = [a["action"] for a in report["actions"] if "descendant" in a["action"]]
         assert killed == [f"SIGKILL to descendant {other}"], killed
         os.kill(child, 9); os.kill(grandchild, 9)
-        worker.stdout.close()
 print("held")
 """
 
@@ -197,23 +200,24 @@ def test_watched_descendants_are_spared() -> None:
 
 
 ROOT_HANGS = """
-import os, subprocess, sys, tempfile, time
+import subprocess, sys, tempfile
 from pathlib import Path
-from support.watchers import wait_until
+from support.watchers import CONNECT, wait_until
 import json
 
 folder = tempfile.mkdtemp()
-PROGRAM = '''
+PROGRAM = f'''
 import sys, time, hangwatch
 with hangwatch.serve(report_dir=sys.argv[1]) as server:
-    with hangwatch.expires(0.5, "the launcher"): time.sleep(1000)
+    exec({CONNECT!r})
+    with hangwatch.expires(0.3, "the launcher"): time.sleep(1000)
 '''
 root = subprocess.Popen([sys.executable, "-c", PROGRAM, folder])
 def watchers():
     stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
     return [stat for stat in stats if "(hw-watcher) " in stat and "(hw-watcher) Z" not in stat]
 wait_until(watchers, "the watcher shows under its name")
-assert root.wait(20) == -9
+assert root.wait() == -9
 wait_until(lambda: list(Path(folder).glob("[!.]*/report.json")), "a report")
 (path,) = Path(folder).glob("[!.]*/report.json")
 report = json.loads(path.read_text())
@@ -248,9 +252,8 @@ with connect(sys.argv[1]) as connection:
 
 def test_a_worker_that_the_fence_does_not_reach_is_swept(watcher: RunningWatcher) -> None:
     worker = watcher.worker(UNFENCED, watcher.address, *filter(None, sys.path))
-    worker.communicate(timeout=30)
-    assert worker.returncode == -9
-    assert watcher.report(pid=worker.pid)["scope"]["late_s"] < 5
+    assert worker.wait() == -9
+    assert watcher.report(pid=worker.pid)["outcome"] == "reaped"
 
 
 MOVED = """
@@ -273,29 +276,31 @@ with connect(sys.argv[1]) as connection:
 """
 
 
-def test_a_block_whose_deadline_has_moved_is_judged_anew(start_watcher: StartWatcher) -> None:
+def test_a_block_whose_deadline_has_moved_is_judged_anew(watcher_with: StartWatcher) -> None:
     """As one does whose first ring took longer than its limit; the entry is the same."""
-    watcher = start_watcher(on_expiry="report")
+    watcher = watcher_with(on_expiry="report")
     worker = watcher.worker(MOVED, watcher.address, *filter(None, sys.path), stdin=subprocess.PIPE)
-    assert worker.stdin is not None
     for count in (1, 2):
-        wait_until(lambda count=count: len(watcher.reports()) == count, f"report {count}")  # type: ignore[misc]
-        time.sleep(0.3)  # the incident is over
-        worker.stdin.write("go on\n")
-        worker.stdin.flush()
-    worker.communicate(timeout=30)
-    assert len(watcher.reports()) == 2
+        watcher.wait_for_reports(count, pid=worker.pid)
+        worker.write_line()
+    assert worker.wait() == 0
+    assert len(watcher.reports(pid=worker.pid)) == 2
 
 
-def test_many_hangs_at_once_are_all_ended(start_watcher: StartWatcher) -> None:
-    watcher = start_watcher()
-    script = "import time, hangwatch\nwith hangwatch.expires(1.5, 'many'): time.sleep(1000)"
-    workers = [watcher.worker(script) for _ in range(12)]
+def test_many_hangs_at_once_are_all_ended(watcher: RunningWatcher) -> None:
+    script = """
+import sys, time, hangwatch
+print(flush=True)
+sys.stdin.readline()
+with hangwatch.expires(0.3, "many"): time.sleep(1000)
+"""
+    workers = [watcher.connected_worker(script, stdin=subprocess.PIPE) for _ in range(12)]
     for worker in workers:
-        worker.communicate(timeout=40)
-        assert worker.returncode == -9
-    wait_until(lambda: len(watcher.reports()) == 12, "twelve reports")
-    assert {report["outcome"] for report in watcher.reports()} == {"reaped"}
+        worker.read_line()
+    for worker in workers:
+        worker.write_line()
+    assert {worker.wait() for worker in workers} == {-9}
+    assert {watcher.report(pid=worker.pid)["outcome"] for worker in workers} == {"reaped"}
 
 
 class TestFrozen:
@@ -316,26 +321,41 @@ class TestFrozen:
         group.rmdir()
 
     def test_unkillable_is_said_once_and_it_is_killed_when_that_is_possible(
-        self, start_watcher: StartWatcher, freezer: Path
+        self, watcher: RunningWatcher, freezer: Path
     ) -> None:
-        watcher = start_watcher()
-        worker = watcher.worker(
-            "import time, hangwatch\n"
-            "with hangwatch.expires(2, 'frozen'):\n    print('in', flush=True); time.sleep(1000)",
-        )
-        assert worker.stdout is not None
-        worker.stdout.readline()
-        (freezer / "tasks").write_text(str(worker.pid))
-        (freezer / "freezer.state").write_text("FROZEN")
+        script = """
+import time, hangwatch
+with hangwatch.expires(1, "frozen"): print(flush=True); time.sleep(1000)
+"""
+
+        def freeze_one() -> Worker:
+            while True:
+                worker = watcher.connected_worker(script)
+                worker.read_line()
+                (freezer / "tasks").write_text(str(worker.pid))
+                (freezer / "freezer.state").write_text("FROZEN")
+                if not watcher.reports(pid=worker.pid) and worker.poll() is None:
+                    return worker
+                # On a busy machine it may have died before.
+                (freezer / "freezer.state").write_text("THAWED")
+
+        worker = freeze_one()
         report = watcher.report(pid=worker.pid)
         assert report["outcome"] == "unkillable"
         assert report["process"]["state"] in ("D", "S")
         assert report["missing"], "and why there are no stacks"
-        time.sleep(0.5)
+        self.hang(watcher)
         (freezer / "freezer.state").write_text("THAWED")
-        assert worker.wait(30) == -9
-        worker.stdout.close()
-        assert len(watcher.reports()) == 1
+        assert worker.wait() == -9
+        self.hang(watcher)
+        assert len(watcher.reports(pid=worker.pid)) == 1
+
+    def hang(self, watcher: RunningWatcher) -> None:
+        """Let the watcher do something else meanwhile."""
+        worker = watcher.connected_worker(
+            "import time, hangwatch\nwith hangwatch.expires(0.3, 'other'): time.sleep(1000)"
+        )
+        assert watcher.report(pid=worker.pid)["outcome"] == "reaped"
 
 
 def test_a_watcher_with_no_descriptor_left_still_kills(
@@ -343,16 +363,20 @@ def test_a_watcher_with_no_descriptor_left_still_kills(
 ) -> None:
     watcher = start_watcher()
     pid = watcher.pid
-    worker = watcher.worker(
-        "import time, hangwatch\n"
-        "with hangwatch.expires(1.5, 'x'):\n    print('in', flush=True); time.sleep(1000)",
+    worker = watcher.connected_worker(
+        """
+import sys, time, hangwatch
+with hangwatch.expires(1000, "x") as timer:
+    print(flush=True); sys.stdin.readline()
+    timer.renew(0.3); time.sleep(1000)
+""",
+        stdin=subprocess.PIPE,
     )
-    assert worker.stdout is not None
-    worker.stdout.readline()
+    worker.read_line()
     used = max(int(name) for name in os.listdir(f"/proc/{pid}/fd")) + 1
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (used, used))
-    assert worker.wait(30) == -9
-    worker.stdout.close()
+    worker.write_line()
+    assert worker.wait() == -9
     watcher.server.stop()
     assert f"worker {worker.pid} overran 'x'" in capfd.readouterr().err
 
@@ -362,11 +386,10 @@ def test_a_report_folder_that_can_t_be_written(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     watcher = start_watcher(report_dir=tmp_path / "file" / "reports")
-    worker = watcher.worker(
+    worker = watcher.connected_worker(
         "import time, hangwatch\nwith hangwatch.expires(0.3, 'x'): time.sleep(1000)"
     )
-    worker.communicate(timeout=30)
-    assert worker.returncode == -9, "the kill still happens"
+    assert worker.wait() == -9, "the kill still happens"
     watcher.server.stop()
     log = capfd.readouterr().err
     assert f"worker {worker.pid} overran 'x'" in log
@@ -375,16 +398,16 @@ def test_a_report_folder_that_can_t_be_written(
 
 
 @pytest.mark.parametrize(
-    ("ringing_takes", "reported"), [(0.4, 1), (3.0, 2)], ids=["found", "reported"]
+    "wait", ["time.sleep(0.4)", "sys.stdin.readline()"], ids=["found", "reported"]
 )
 def test_a_ring_that_outlasts_the_limit_costs_no_deadline(
-    start_watcher: StartWatcher, ringing_takes: float, reported: int
+    watcher_with: StartWatcher, wait: str
 ) -> None:
     """The first deadline passes while it rings, and may be found; the later one must be."""
-    watcher = start_watcher(on_expiry="report")
+    watcher = watcher_with(on_expiry="report")
     worker = watcher.worker(
         f"""
-import time, hangwatch
+import sys, time, hangwatch
 from hangwatch.worker.client import WorkerClient
 ring, slow = WorkerClient.ring, False
 def ring_slowly(self):
@@ -392,33 +415,46 @@ def ring_slowly(self):
     ring(self)
     if slow:  # as if another thread had the GIL meanwhile
         slow = False
-        time.sleep({ringing_takes})
+        {wait}
+        print(time.time(), flush=True)
 WorkerClient.ring = ring_slowly
-with hangwatch.expires(1000, "connect"): pass
+exec({CONNECT!r})
 slow = True
-with hangwatch.expires(0.3, "slow"): time.sleep(1000)
+with hangwatch.expires(0.3, "slow"):
+    assert not slow
+    time.sleep(1000)
 """,
+        stdin=subprocess.PIPE,
     )
-    wait_until(
-        lambda: [r["outcome"] for r in watcher.reports()].count("reported") == reported,
-        "a report of each deadline that stayed",
-    )
+
+    if "readline" in wait:
+        assert watcher.report(pid=worker.pid)["outcome"] == "reported"
+        worker.write_line()
+    rang_until = float(worker.read_line())
+
+    def is_second(report: dict[str, Any]) -> bool:
+        at = datetime.fromisoformat(report["at"]).timestamp()
+        return report["outcome"] == "reported" and at > rang_until
+
+    wait_until(lambda: any(map(is_second, watcher.reports(pid=worker.pid))), "the second report")
     worker.kill()
-    worker.communicate()
 
 
-def test_reports_that_wait_for_a_grace_hold_up_no_other(start_watcher: StartWatcher) -> None:
-    watcher = start_watcher(grace=14)
-    deaf = (
-        "import signal, time, hangwatch\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "with hangwatch.expires(0.3, 'deaf'): time.sleep(1000)"
-    )
-    gentle = "import time, hangwatch\nwith hangwatch.expires(2, 'gentle'): time.sleep(1000)"
-    workers = [watcher.worker(deaf) for _ in range(4)]
-    last = watcher.worker(gentle)
-    assert last.wait(30) == -signal.SIGTERM
+def test_reports_that_wait_for_a_grace_hold_up_no_other(watcher_with: StartWatcher) -> None:
+    watcher = watcher_with(grace=1000)
+    deaf = """
+import signal, time, hangwatch
+signal.signal(signal.SIGTERM, lambda *_: print("SIGTERM", flush=True))
+with hangwatch.expires(0.3, "deaf"):
+    while True: time.sleep(1000)
+"""
+    gentle = "import time, hangwatch\nwith hangwatch.expires(0.3, 'gentle'): time.sleep(1000)"
+    workers = [watcher.connected_worker(deaf) for _ in range(4)]
+    assert [worker.read_line() for worker in workers] == ["SIGTERM"] * 4
+    last = watcher.connected_worker(gentle)
+    assert last.wait() == -signal.SIGTERM
     assert watcher.report(pid=last.pid)["outcome"] == "reaped"
     assert [worker.poll() for worker in workers] == [None] * 4, "they are in their grace still"
-    for worker in (*workers, last):
+    for worker in workers:
         worker.kill()
-        worker.communicate()
+        assert watcher.report(pid=worker.pid)["outcome"] == "reaped"

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,8 @@ def wait(child):
 
 
 def held(watcher: RunningWatcher, script: str) -> None:
-    worker = watcher.worker(PRELUDE + script, stderr=subprocess.PIPE)
-    out, err = worker.communicate(timeout=40)
+    worker = watcher.connected_worker(PRELUDE + script, stderr=subprocess.PIPE)
+    out, err = worker.communicate()
     assert worker.returncode == 0, out + err
     assert out.endswith("held\n")
 
@@ -123,7 +124,7 @@ if child == 0:
     os._exit(0)
 wait(child)
 for n in range(100):
-    with hangwatch.expires(0.001 * (n + 1), f"rings {n}"): pass
+    with hangwatch.expires(50 - 0.1 * n, f"rings {n}"): pass
 for descriptor in mine:
     assert os.fstat(descriptor).st_size == 0
 pair[1].setblocking(False)
@@ -152,13 +153,21 @@ print("held")
 
 
 def test_a_worker_that_ends_inside_of_a_block_is_no_incident(watcher: RunningWatcher) -> None:
-    before = len(watcher.reports())
+    limit, pids = 0.3, []
     for ending in ("sys.exit(0)", "os._exit(0)", "os.execvp('true', ['true'])"):
-        worker = watcher.worker(PRELUDE + f"hangwatch.expires(0.5, 'x').__enter__(); {ending}")
-        worker.communicate(timeout=20)
-        assert worker.returncode == 0
-    subprocess.run(["sleep", "1"], check=True)
-    assert len(watcher.reports()) == before
+        enter = f"print('ready', flush=True); hangwatch.expires({limit}, 'x').__enter__(); "
+        worker = watcher.connected_worker(PRELUDE + enter + ending)
+        worker.read_line()
+        began = time.monotonic()
+        assert worker.wait() == 0
+        if time.monotonic() - began < limit:  # else it may have overrun its block
+            pids.append(worker.pid)
+        worker.communicate()
+    # Its block begins after the others, and so overruns after they would have.
+    later = watcher.connected_worker(PRELUDE + f"with hangwatch.expires({limit}): time.sleep(1000)")
+    later.communicate()
+    watcher.report(pid=later.pid)
+    assert [watcher.reports(pid=pid) for pid in pids] == [[]] * len(pids)
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="no strace to count with")
@@ -178,11 +187,11 @@ def test_the_quiet_path_makes_no_system_call() -> None:
 STANDS_ALONE = """
 import time, hangwatch
 client = hangwatch.SharedMemoryTimerClient()
-with hangwatch.expires(after=30, scope="around", client=client):
-    client.acquire("first", time.time() + 30)
-    client.acquire("second", time.time() + 0.5)
+with hangwatch.expires(after=3600, scope="around", client=client):
+    client.acquire("first", time.time() + 3600)
+    client.acquire("second", time.time() + 0.3)
 client.release("first")
-time.sleep(30)
+time.sleep(1000)
 """
 
 
@@ -190,4 +199,5 @@ def test_a_timer_acquired_by_a_call_outlives_the_block_around_it(
     watcher: RunningWatcher,
 ) -> None:
     with watcher.worker(STANDS_ALONE) as worker:
-        assert worker.wait(20) == -signal.SIGKILL
+        assert worker.wait() == -signal.SIGKILL
+    assert watcher.report(pid=worker.pid)["scope"]["name"] == "second"

@@ -8,13 +8,14 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from hangwatch import failpoints
+from hangwatch.process import read_stat
+from support.nursery import Worker, nursery
 from support.processes import is_alive, open_files
 from support.watchers import RunningWatcher, StartWatcher, wait_until, watcher_below
 
@@ -24,30 +25,23 @@ STEPS = [
     if name.startswith(("handshake.", "visit.", "incident.", "ladder.", "report.", "handover."))
 ]
 
-# Steps of the first watcher, too.
+# A watcher that starts without workers comes to these, too.
 FROM_THE_START = ("handover.forked", "handover.ready")
 
-# Whom a watcher that is stopped does not answer in time runs on unwatched, and tries again.
+# A worker that a stopped watcher does not answer in time runs on unwatched, and tries again.
 HEALTHY = """
-import os, sys, time, hangwatch
+import os, select, sys, time, hangwatch
 from hangwatch.worker.client import client_at
-from select import select
 client = client_at(os.environ["HANGWATCH_ADDRESS"])
-while not (client.is_connected and select([sys.stdin], [], [], 0)[0]):
-    with hangwatch.expires(after=60, scope="healthy"):
-        time.sleep(0.02)
+while not (client.is_connected and select.select([sys.stdin], [], [], 0.02)[0]):
+    with hangwatch.expires(after=1000, scope="healthy"):
+        time.sleep(0.002)
 with hangwatch.expires(after=0.3, scope="at last"):
     time.sleep(1000)
 """
 
 HANGS = """
-import os, subprocess, time, hangwatch
-from hangwatch.worker.client import client_at
-client = client_at(os.environ["HANGWATCH_ADDRESS"])
-for _ in range(200):
-    with hangwatch.expires(after=60, scope="connects"):
-        if client.is_connected: break
-        time.sleep(0.05)
+import subprocess, time, hangwatch
 child = subprocess.Popen(["sleep", "1000"])
 print(child.pid, flush=True)
 with hangwatch.expires(after=0.3, scope="hangs"):
@@ -64,51 +58,90 @@ def start(
         return start_watcher(**options)
 
 
-@pytest.mark.parametrize("how", ["kill", "stop"])
-@pytest.mark.parametrize("step", STEPS)
+def faults_at(step: str, how: str) -> list[str]:
+    """Return the failpoints for one fault at a step."""
+    if step.startswith("handover."):
+        # There must be somebody to be taken over.
+        return ["incident.begun=kill@1", f"{step}={how}@{2 if step in FROM_THE_START else 1}"]
+    # The first visits are those of handshakes.
+    return [f"{step}={how}@{4 if step.startswith('visit.') else 1}"]
+
+
+# In `make test` the watcher dies at each step once, and stops at one of each kind.
+IN_TURN = {
+    f"killed-{kind}": [
+        fault for step in STEPS if step.startswith(f"{kind}.") for fault in faults_at(step, "kill")
+    ]
+    for kind in ("handshake", "visit", "incident", "ladder", "report", "handover")
+}
+IN_TURN["stopped-first"] = ["handshake.kept=stop@1", "visit.read=stop@4"]
+IN_TURN["stopped-later"] = ["ladder.announced=stop@1", *faults_at("handover.visited", "stop")]
+# Each fault is met once, whoever asked for it.
+IN_TURN = {name: list(dict.fromkeys(faults)) for name, faults in IN_TURN.items()}
+
+ALONE = [
+    pytest.param(faults_at(step, how), id=f"{step}-{how}", marks=pytest.mark.long)
+    for step in STEPS
+    for how in ("kill", "stop")
+]
+
+
+def lost(log: str) -> int:
+    """Count the watchers that died or stopped, and not those that got no CPU for seconds."""
+    return log.count("died of signal 9 and is replaced") + log.count("is stopped and is replaced")
+
+
+@pytest.mark.parametrize(
+    "faults", [*(pytest.param(faults, id=name) for name, faults in IN_TURN.items()), *ALONE]
+)
 def test_the_watcher_at_a_step(
     start_watcher: StartWatcher,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
-    step: str,
-    how: str,
+    faults: list[str],
 ) -> None:
-    # The first visits are those of handshakes.
-    faults = [f"{step}={how}@{4 if step.startswith('visit.') else 1}"]
-    if step.startswith("handover."):
-        # There must be somebody to be taken over.
-        faults = ["incident.begun=kill@1", f"{step}={how}@{2 if step in FROM_THE_START else 1}"]
+    """Workers hang, one after the other, until every fault has happened."""
     watcher = start(start_watcher, monkeypatch, ",".join(faults))
     before = open_files(watcher.keeper_pid)
     healthy = watcher.worker(HEALTHY, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-    hangs = watcher.worker(HANGS, stderr=subprocess.DEVNULL)
-    assert hangs.stdout is not None
-    child = int(hangs.stdout.readline())
-    assert hangs.wait(20) == -signal.SIGKILL
-    hangs.stdout.close()
-    wait_until(lambda: not is_alive(child), "its child has ended with it")
-    report = watcher.report(pid=hangs.pid)
-    assert report["scope"]["name"] == "hangs"
-    assert report["outcome"] == "reaped"
+    log, hung = "", 0
+    while lost(log) < len(faults):
+        hung += 1
+        assert hung <= 1 + len(faults), f"a fault has not happened: {faults}"
+        hang_and_be_ended(watcher)
+        wait_until(lambda: watcher_below(watcher.keeper_pid), "a watcher")
+        log += capfd.readouterr().err
     assert healthy.poll() is None, "the healthy worker was hurt"
-    _, said = healthy.communicate("end\n", timeout=20)
+    _, said = healthy.communicate("end\n")
     assert healthy.returncode == -signal.SIGKILL, "and was still watched"
     assert not re.search("Traceback|Error", said)
     wait_until(lambda: open_files(watcher.keeper_pid) <= before, "nothing is left open")
     assert watcher_below(watcher.keeper_pid) is not None
     watcher.server.stop()
-    log = capfd.readouterr().err
-    assert log.count("is replaced") == len(faults), "the step was reached"
+    log += capfd.readouterr().err
+    assert lost(log) == len(faults), "each step was reached, once"
     assert "Traceback" not in log
+    reported = [report["worker"]["pid"] for report in watcher.reports()]
+    assert len(reported) == len(set(reported)) == hung + 1, "each worker is reported once"
+
+
+def hang_and_be_ended(watcher: RunningWatcher) -> None:
+    hangs = watcher.connected_worker(HANGS, stderr=subprocess.DEVNULL)
+    child = int(hangs.read_line())
+    assert hangs.wait() == -signal.SIGKILL
+    hangs.close()
+    wait_until(lambda: not is_alive(child), "its child has ended with it")
+    report = watcher.report(pid=hangs.pid)
+    assert report["scope"]["name"] == "hangs"
+    assert report["outcome"] == "reaped"
 
 
 LONGER = """
-import os, signal, sys, time, hangwatch
+import signal, sys, time, hangwatch
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 how, grace = sys.argv[1:]
 try:
     with hangwatch.expires(0.3, "hangs", on_expiry=how, grace=float(grace)):
-        print("in", flush=True)
         while True: time.sleep(0.01)
 except hangwatch.TimerExpired:
     pass
@@ -116,71 +149,89 @@ with hangwatch.expires(0.3, "at last", on_expiry="reap", grace=0.0):
     time.sleep(1000)
 """
 
-
-LONGER_STEPS = [
-    ("incident.reporter", "raise", 1.0, "raised"),
-    ("raise.asked", "raise", 1.0, "raised"),
-    ("report.finished", "raise", 1.0, "raised"),
-    ("error-file.written", "reap", 0.5, "reaped"),
-    ("ladder.announced", "reap", 0.5, "reaped"),
-    ("ladder.sent", "reap", 0.5, "reaped"),
-    ("ladder.confirmed", "reap", 0.5, "reaped"),
-    # The first time it is SIGTERM's, the second time SIGKILL's.
-    ("ladder.tree@2", "reap", 0.5, "reaped"),
-    ("ladder.looked@2", "reap", 0.5, "reaped"),
-    ("ladder.announced@2", "reap", 0.5, "reaped"),
-    ("ladder.sent@2", "reap", 0.5, "reaped"),
-]
+RAISES = ["incident.reporter", "raise.asked", "report.finished"]
+REAPS = ["error-file.written", "ladder.announced", "ladder.sent", "ladder.confirmed"]
+# The first time it is SIGTERM's, the second time SIGKILL's.
+THE_SECOND_TIME = ["ladder.tree", "ladder.looked", "ladder.announced", "ladder.sent"]
 
 
-@pytest.mark.parametrize("fault", ["kill", "stop"])
-@pytest.mark.parametrize(("step", "how", "grace", "outcome"), LONGER_STEPS)
+LADDERS = {
+    f"{how}-killed": (how, [f"{step}=kill@1" for step in steps])
+    for how, steps in (("raise", RAISES), ("reap", REAPS))
+}
+LADDERS_ALONE = {
+    f"{how}-{step}@{nth}-{fault}": (how, [f"{step}={fault}@{nth}"])
+    for how, steps, nth in (("raise", RAISES, 1), ("reap", REAPS, 1), ("reap", THE_SECOND_TIME, 2))
+    for step in steps
+    for fault in ("kill", "stop")
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "faults"),
+    [
+        *(pytest.param(*ladder, id=name) for name, ladder in LADDERS.items()),
+        *(
+            pytest.param(*one, id=name, marks=pytest.mark.long)
+            for name, one in LADDERS_ALONE.items()
+        ),
+    ],
+)
 def test_the_watcher_at_a_step_of_a_longer_ladder(
     start_watcher: StartWatcher,
     monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
     tmp_path: Path,
-    step: str,
-    fault: str,
     how: str,
-    grace: float,
-    outcome: str,
+    faults: list[str],
 ) -> None:
-    name, _, nth = step.partition("@")
-    watcher = start(start_watcher, monkeypatch, f"{name}={fault}@{nth or 1}")
-    before, first = open_files(watcher.keeper_pid), watcher.pid
+    watcher = start(start_watcher, monkeypatch, ",".join(faults))
+    before = open_files(watcher.keeper_pid)
     healthy = watcher.worker(HEALTHY, stdin=subprocess.PIPE)
-    environment = watcher.environment(TORCHELASTIC_ERROR_FILE=str(tmp_path / "error.json"))
-    began = time.monotonic()
-    hangs = watcher.worker(LONGER, how, str(grace), env=environment)
-    assert hangs.wait(30) == -signal.SIGKILL
-    assert time.monotonic() - began > 0.3 + (grace if outcome == "reaped" else 0.3)
-    hangs.communicate()
-    reports = {}
-    wait_until(lambda: len(watcher.reports()) >= (2 if outcome == "raised" else 1), "the reports")
-    for report in watcher.reports():
-        assert report["scope"]["name"] not in reports, "each is told once"
-        reports[report["scope"]["name"]] = report["outcome"]
-    assert reports.pop("hangs") == outcome
-    assert reports in ({}, {"at last": "reaped"})
-    assert json.loads((tmp_path / "error.json").read_text()), "why it died"
+    log, hung = "", 0
+    while lost(log) < len(faults):
+        hung += 1
+        assert hung <= 1 + len(faults), f"a fault has not happened: {faults}"
+        climb_a_longer_ladder(watcher, tmp_path / f"{hung}.json", how)
+        wait_until(lambda: watcher_below(watcher.keeper_pid), "a watcher")
+        log += capfd.readouterr().err
     assert healthy.poll() is None, "the healthy worker was hurt"
-    healthy.communicate("end\n", timeout=20)
+    healthy.communicate("end\n")
     assert healthy.returncode == -signal.SIGKILL, "and was still watched"
     wait_until(lambda: open_files(watcher.keeper_pid) <= before, "nothing is left open")
-    assert watcher.pid != first, "the step was reached"
+    watcher.server.stop()
+    log += capfd.readouterr().err
+    assert lost(log) == len(faults), "each step was reached, once"
+
+
+def climb_a_longer_ladder(watcher: RunningWatcher, error_file: Path, how: str) -> None:
+    environment = watcher.environment(TORCHELASTIC_ERROR_FILE=str(error_file))
+    began = time.monotonic()
+    # TimerExpired is raised long before its grace has passed; SIGTERM is ignored for all of it.
+    grace = 1000.0 if how == "raise" else 0.5
+    hangs = watcher.connected_worker(LONGER, how, str(grace), env=environment)
+    assert hangs.wait() == -signal.SIGKILL
+    assert time.monotonic() - began > 0.3 + (0.3 if how == "raise" else grace)
+    hangs.close()
+    blocks = ["hangs", "at last"] if how == "raise" else ["hangs"]
+    reports = watcher.wait_for_reports(len(blocks), pid=hangs.pid)
+    outcomes = [(report["scope"]["name"], report["outcome"]) for report in reports]
+    expected = {"hangs": "reaped", "at last": "reaped"}
+    expected["hangs"] = "raised" if how == "raise" else "reaped"
+    assert sorted(outcomes) == sorted((block, expected[block]) for block in blocks), "each once"
+    assert json.loads(error_file.read_text()), "why it died"
 
 
 def test_whose_next_block_is_overdue_when_a_successor_comes(
     start_watcher: StartWatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The block that was ended by `TimerExpired` is told of nevertheless, and not as the other."""
+    """The block that `TimerExpired` ended is reported as raised, and the next one as reaped."""
     faults = "raise.asked=sleep:1@1,raise.asked=kill@1"
     watcher = start(start_watcher, monkeypatch, faults)
-    hangs = watcher.worker(LONGER, "raise", "2")
-    assert hangs.wait(30) == -signal.SIGKILL
-    hangs.communicate()
-    wait_until(lambda: len(watcher.reports()) == 2, "the reports")
-    reports = {report["scope"]["name"]: report for report in watcher.reports()}
+    hangs = watcher.connected_worker(LONGER, "raise", "1000")
+    assert hangs.wait() == -signal.SIGKILL
+    hangs.close()
+    reports = {report["scope"]["name"]: report for report in watcher.wait_for_reports(2)}
     assert reports["hangs"]["outcome"] == "raised"
     assert reports["at last"]["outcome"] == "reaped"
     assert "raise" in [action["action"] for action in reports["hangs"]["actions"]]
@@ -194,33 +245,33 @@ def test_every_step_has_its_failpoint() -> None:
 
 
 def test_every_failpoint_of_the_watcher_is_reached_by_a_test() -> None:
-    longer = [step.partition("@")[0] for step, *_ in LONGER_STEPS]
+    killed = {fault.partition("=")[0] for faults in IN_TURN.values() for fault in faults}
+    assert killed == set(STEPS)
     others = [name for name in failpoints.NAMES if name.startswith(("evidence.", "kernel."))]
     others.append("sentence.carried-out")
-    assert {*STEPS, *longer, *others} == set(failpoints.NAMES)
+    assert {*STEPS, *RAISES, *REAPS, *others} == set(failpoints.NAMES)
     tests = "".join(path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py"))
     assert [name for name in others if f"{name}=" not in tests] == []
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
+def run_to_its_end(script: str, **environment: str) -> Worker:
+    """Run a script in a process that has imported hangwatch alone, and read its errors."""
+    return nursery().fork(
+        script, env={**os.environ, **environment}, stdout=None, stderr=subprocess.PIPE
+    )
+
+
+def test_what_is_no_failpoint_is_said() -> None:
+    for text, says in (
         ("visit.read", "none of NAME="),
         ("visit.read=explode", "none of NAME="),
         ("visit.red=kill", "there is no 'visit.red'"),
         ("visit.read=fail:EVERY", "no name of an error"),
-    ],
-)
-def test_what_is_no_failpoint_is_said(text: str, says: str) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", "import hangwatch.failpoints"],
-        env={**os.environ, failpoints.VARIABLE: text},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 1
-    assert says in result.stderr.splitlines()[-1]
+    ):
+        process = run_to_its_end("import hangwatch.failpoints", **{failpoints.VARIABLE: text})
+        _, err = process.communicate()
+        assert process.returncode == 1
+        assert says in err.splitlines()[-1]
 
 
 def test_no_worker_ever_loads_failpoints() -> None:
@@ -229,36 +280,51 @@ def test_no_worker_ever_loads_failpoints() -> None:
         "with hangwatch.expires(60, 'x'): pass\n"
         "assert 'hangwatch.failpoints' not in sys.modules\n"
     )
-    environment = {**os.environ, "HANGWATCH_ADDRESS": "off"}
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    process = run_to_its_end(script, HANGWATCH_ADDRESS="off")
+    _, err = process.communicate()
+    assert process.returncode == 0, err
 
 
 def test_a_promise_of_a_watcher_that_answers_too_late_keeps_nobody_quiet(
     start_watcher: StartWatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has visited the page when the worker gives up: a promise of a minute stands there."""
-    # The second time, when blocks have been armed already.
-    twice = ",".join(f"handshake.watched=sleep:1.5@{nth}" for nth in (1, 2))
-    watcher = start(start_watcher, monkeypatch, twice)
-    healthy = watcher.worker(HEALTHY, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-    _, said = healthy.communicate("end\n", timeout=20)
+    watcher = start(start_watcher, monkeypatch, "handshake.watched=sleep:2.5@1")
+    away = Path(watcher.address).rename(f"{watcher.address}.away")
+    healthy = watcher.worker(
+        ARMS_BEFORE_IT_CONNECTS + HEALTHY,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert healthy.read_line() == "armed"
+    away.rename(watcher.address)
+    _, said = healthy.communicate("end\n")
     assert healthy.returncode == -signal.SIGKILL, "it is watched in the end"
-    assert "did not answer within 1 s" in said
+    assert "there is no watcher" in said
+    assert "did not answer within 0.3 s" in said
+
+
+ARMS_BEFORE_IT_CONNECTS = """
+import os, hangwatch
+from hangwatch.worker import connection
+from hangwatch.worker.client import client_at
+connection.ANSWER_WITHIN = 0.3
+with hangwatch.expires(after=1000, scope="healthy"):
+    pass
+print("armed", flush=True)
+client_at(os.environ["HANGWATCH_ADDRESS"])._warned.clear()  # it warns of each problem once
+"""
 
 
 def test_evidence_that_hangs_holds_up_nothing(
     start_watcher: StartWatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watcher = start(start_watcher, monkeypatch, "evidence.gathering=sleep:1000")
-    with watcher.worker(HANGS) as hangs:
-        assert hangs.wait(20) == -signal.SIGKILL
+    with watcher.connected_worker(HANGS) as hangs:
+        assert hangs.wait() == -signal.SIGKILL
     report = watcher.report(pid=hangs.pid)
     assert "evidence: not complete within 2 s" in report["missing"]
-    helpers = [
-        pid
-        for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
-        if watcher.pid == _parent(pid)
-    ]
+    helpers = _children(watcher.pid)
     wait_until(lambda: not any(map(is_alive, helpers)), "who gathered it is gone")
 
 
@@ -267,15 +333,24 @@ def test_a_reporter_that_hangs_holds_up_nothing(
 ) -> None:
     watcher = start(start_watcher, monkeypatch, "evidence.publishing=sleep:1000@1")
     for _ in range(2):
-        with watcher.worker(HANGS) as hangs:
-            assert hangs.wait(20) == -signal.SIGKILL
+        with watcher.connected_worker(HANGS) as hangs:
+            assert hangs.wait() == -signal.SIGKILL
     assert watcher.report(pid=hangs.pid)["outcome"] == "reaped", "the second is reported"
+    # The watcher would not end before it has given up.
+    for reporter in _children(watcher.pid):
+        with contextlib.suppress(ProcessLookupError):  # the second one has ended meanwhile
+            os.kill(reporter, signal.SIGKILL)
+
+
+def _children(parent: int) -> list[int]:
+    return [
+        pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _parent(pid) == parent
+    ]
 
 
 def _parent(pid: int) -> int:
-    with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return 0
+    stat = read_stat(pid)
+    return 0 if stat is None else stat.ppid
 
 
 @pytest.mark.parametrize("pidfds", ["by the kernel", "by number"])
@@ -285,12 +360,13 @@ def test_a_kernel_without_pidfds_of_sockets(
     """Before Linux 6.5 a peer is held by its number, and the keeper keeps the pidfd."""
     what = "kernel.peer-pidfd=fail:ENOPROTOOPT" if pidfds == "by number" else ""
     watcher = start(start_watcher, monkeypatch, what)
-    with watcher.worker(HANGS.replace("0.3", "1.5")) as hangs:
-        assert hangs.stdout is not None
-        hangs.stdout.readline()
+    script = HANGS.replace("\nwith", "\ninput()\nwith")
+    with watcher.connected_worker(script, stdin=subprocess.PIPE) as hangs:
+        hangs.read_line()
         kept = [os.readlink(path) for path in Path(f"/proc/{watcher.keeper_pid}/fd").iterdir()]
         # Its own watcher, and the worker.
         assert kept.count("anon_inode:[pidfd]") == (1 if pidfds == "by the kernel" else 2)
         os.kill(watcher.pid, signal.SIGKILL)
-        assert hangs.wait(20) == -signal.SIGKILL
+        hangs.write_line()
+        assert hangs.wait() == -signal.SIGKILL
     assert watcher.report(pid=hangs.pid)["outcome"] == "reaped"

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import random
+import re
+import signal
 import subprocess
 
 import pytest
 
 from support.processes import open_files
+from support.sizes import Size, short_and_long
 from support.watchers import StartWatcher, wait_until
 
 # Forks itself for each step, so that what is imported already is no step. A line of connecting
 # is a step; of arming it is an instruction of the bytecode.
-DIES_AT_EACH_STEP = """
+DIES_AT_STEPS = """
 import os, signal, sys, threading, hangwatch
 from hangwatch import wire, linux
-from hangwatch.worker import expiration
+from hangwatch.worker import client, connection, expiration
 source = os.path.dirname(hangwatch.__file__)
-kind = sys.argv[1]
+kind, first, every = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 linux.fence()
 
 def die_at(step):
@@ -39,21 +43,21 @@ def die_at(step):
         with hangwatch.expires(60): pass
     sys.settrace(None)
 
-step = 0
+step = first
 while True:
-    step += 1
     child = os.fork()
     if child == 0:
         die_at(step)
         os._exit(0)
     if os.waitpid(child, 0)[1] == 0:
         break
+    step += every
 print(step)
 """
 
 HEALTHY = """
 import time, hangwatch
-with hangwatch.expires(after=60, scope="healthy"):
+with hangwatch.expires(after=1000, scope="healthy"):
     print("in", flush=True)
     input()
 with hangwatch.expires(after=0.3, scope="at last"):
@@ -61,27 +65,30 @@ with hangwatch.expires(after=0.3, scope="at last"):
 """
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("connect", 150), ("arm", 150)])
+@short_and_long
+@pytest.mark.parametrize("kind", ["connect", "arm"])
 def test_a_worker_dies_at_each_step(
-    start_watcher: StartWatcher, kind: str, steps: int, capfd: pytest.CaptureFixture[str]
+    start_watcher: StartWatcher, size: Size, kind: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """The short form takes every 16th step; at which it begins is random."""
     watcher = start_watcher()
-    healthy = watcher.worker(HEALTHY, stdin=subprocess.PIPE)
-    assert healthy.stdout is not None
-    healthy.stdout.readline()
+    healthy = watcher.connected_worker(HEALTHY, stdin=subprocess.PIPE)
+    assert healthy.read_line() == "in"
     before = open_files(watcher.keeper_pid), open_files(watcher.pid)
-    pid = watcher.pid
-    dying = watcher.worker(DIES_AT_EACH_STEP, kind)
-    out, _ = dying.communicate(timeout=50)
+    every = size.of(16, 4, 1)
+    first = random.randint(1, every)
+    dying = watcher.worker(DIES_AT_STEPS, kind, str(first), str(every))
+    out, _ = dying.communicate()
     assert dying.returncode == 0
-    assert int(out) > steps
+    assert int(out) > 150, "there are so many steps"
     wait_until(
         lambda: (open_files(watcher.keeper_pid), open_files(watcher.pid)) == before,
         "nothing of them is left open",
     )
-    assert watcher.pid == pid, "the watcher lives"
     assert watcher.reports() == [], "who is dead has not expired"
-    healthy.communicate("\n", timeout=20)
-    assert healthy.returncode == -9, "and watches"
+    healthy.communicate("\n")
+    assert healthy.returncode == -signal.SIGKILL, "and watches"
     watcher.server.stop()
-    assert "Traceback" not in capfd.readouterr().err
+    log = capfd.readouterr().err
+    assert not re.search(r"the watcher \(process \d+\) died", log)
+    assert "Traceback" not in log

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from support.nursery import Worker
 from support.processes import is_alive
-from support.watchers import RunningWatcher, StartWatcher, wait_until
-
-HOSTILES = 12
+from support.sizes import Size, short_and_long
+from support.watchers import CONNECT, StartWatcher, wait_until
 
 # One blocks every signal, and what it was sent stays pending; it would not be signalled by who
 # looks at masks first. The other catches all of them.
@@ -43,7 +43,7 @@ print(json.dumps([caught, sorted(pending)]), flush=True)
 
 HEALTHY = """
 import time, hangwatch
-with hangwatch.expires(after=60, scope="healthy"):
+with hangwatch.expires(after=1000, scope="healthy"):
     print("ready", flush=True)
     input()
 with hangwatch.expires(after=0.3, scope="at last"):
@@ -106,36 +106,35 @@ with connect(address) as connection:
 """
 
 
-def _start(watcher: RunningWatcher, *arguments: str) -> subprocess.Popen[str]:
-    return watcher.worker(*arguments, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
-
-
-def _line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline()
-
-
+@short_and_long
 @pytest.mark.parametrize("on_expiry", ["reap", "report"])
 def test_bystanders_are_not_signalled(
-    start_watcher: StartWatcher, tmp_path: Path, on_expiry: Any
+    start_watcher: StartWatcher,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    on_expiry: str,
+    size: Size,
 ) -> None:
     watcher = start_watcher(on_expiry=on_expiry, grace=0.3)
-    watching = watcher.pid
-    bystanders = [_start(watcher, BYSTANDER, kind) for kind in ("blocks", "catches")]
-    healthy = _start(watcher, HEALTHY)
-    numbers = [number for one in bystanders for number in json.loads(_line(one))]
-    assert _line(healthy) == "ready\n"
+
+    def start(*arguments: str) -> Worker:
+        return watcher.worker(*arguments, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    bystanders = [start(BYSTANDER, kind) for kind in ("blocks", "catches")]
+    healthy = start(CONNECT + HEALTHY)
+    numbers = [number for one in bystanders for number in json.loads(one.read_line())]
+    assert healthy.read_line() == "ready"
     numbers.append(healthy.pid)
     file = tmp_path / "theirs"
     file.write_text("a bystander's")
     path = json.dumps([entry for entry in sys.path if entry.endswith("tests")])
-    seeds = range(HOSTILES) if on_expiry == "reap" else range(100, 100 + HOSTILES)
+    first = 0 if on_expiry == "reap" else 100
     hostiles = [
-        _start(watcher, HOSTILE, watcher.address, str(seed), json.dumps(numbers), str(file), path)
-        for seed in seeds
+        start(HOSTILE, watcher.address, str(seed), json.dumps(numbers), str(file), path)
+        for seed in range(first, first + size.of(5, 12, 36))
     ]
     try:
-        assert all(_line(one) == "welcome\n" for one in hostiles)
+        assert all(one.read_line() == "welcome" for one in hostiles)
         wanted = {one.pid for one in hostiles}
         wait_until(
             lambda: {report["worker"]["pid"] for report in watcher.reports()} >= wanted,
@@ -143,16 +142,14 @@ def test_bystanders_are_not_signalled(
         )
         for one in (*bystanders, healthy):
             assert is_alive(one.pid)
-            assert one.stdin is not None
         if on_expiry == "reap":
-            _end(healthy)
-            assert healthy.wait(20) == -signal.SIGTERM, "and is still watched"
+            healthy.write_line()
+            assert healthy.wait() == -signal.SIGTERM, "and is still watched"
             assert watcher.report(pid=healthy.pid)["scope"]["name"] == "at last"
         for one in bystanders:
-            _end(one)
-            assert json.loads(_line(one)) == [[], []], "a bystander was signalled"
-            assert one.wait(20) == 0
-        assert watcher.pid == watching, "the watcher lives"
+            one.write_line()
+            assert json.loads(one.read_line()) == [[], []], "a bystander was signalled"
+            assert one.wait() == 0
         assert file.read_text() == "a bystander's"
         missing = [why for report in watcher.reports() for why in report["missing"]]
         assert "evidence: gathering it failed" not in missing
@@ -162,10 +159,5 @@ def test_bystanders_are_not_signalled(
         for one in (*hostiles, *bystanders, healthy):
             one.kill()
             one.communicate()
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.close()
-    process.stdin = None
+    log = capfd.readouterr().err
+    assert not re.search(r"the watcher \(process \d+\) died", log)

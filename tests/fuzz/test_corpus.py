@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import zlib
 from functools import partial
-from pathlib import Path
 
 import pytest
 
@@ -13,8 +12,7 @@ from fuzz import bounds
 from fuzz.mutation import mutate
 from fuzz.targets import TARGETS, Target
 from hangwatch.evidence import faulthandler_text, stacks
-
-KEPT = [(target, path) for target in TARGETS.values() for path in target.kept()]
+from support.sizes import Size, short_and_long
 
 
 @pytest.fixture(params=list(TARGETS.values()), ids=list(TARGETS))
@@ -23,16 +21,14 @@ def target(request: pytest.FixtureRequest) -> Target:
     return found
 
 
-@pytest.mark.parametrize(
-    ("target", "path"), KEPT, ids=[f"{target.name}-{path.name}" for target, path in KEPT]
-)
-def test_what_is_kept_passes(target: Target, path: Path) -> None:
-    bounds.in_time(target.check, path.read_bytes())
-
-
-def test_what_is_kept_takes_little_memory(target: Target) -> None:
+def test_what_is_kept_passes_in_time_and_memory(target: Target) -> None:
     for path in target.kept():
-        bounds.in_memory(target.check, path.read_bytes())
+        data = path.read_bytes()
+        try:
+            bounds.in_memory(partial(bounds.in_time, target.check), data)
+        except Exception as error:
+            error.add_note(f"the input: {path}")
+            raise
 
 
 def test_a_dump_as_large_as_is_read_costs_little() -> None:
@@ -51,10 +47,11 @@ def test_a_line_without_end_is_not_kept() -> None:
     bounds.in_memory(TARGETS["fifo"].check, b"x" * (1 << 20))
 
 
-def test_what_is_made_of_it_passes(target: Target) -> None:
+@short_and_long
+def test_what_is_made_of_it_passes(target: Target, size: Size) -> None:
     rng = random.Random(zlib.crc32(target.name.encode()))
     seeds = [path.read_bytes() for path in target.seeds()]
-    for _ in range(150):
+    for _ in range(size.of(75, 150, 1500)):
         data = mutate(rng.choice(seeds), rng, target.tokens, target.most)
         try:
             bounds.in_time(target.check, data)

@@ -17,6 +17,7 @@ from hangwatch import FileTimerClient, FileTimerServer, LocalTimerClient, LocalT
 from hangwatch.api import TimerRequest
 from hangwatch.file_based_local_timer import FileTimerRequest
 from hangwatch.pairs.targets import Targets
+from support.nursery import LIMIT, nursery
 from support.watchers import wait_until
 
 _CONTEXT = mp.get_context("fork")
@@ -45,7 +46,7 @@ class Unreadable:
 
 def _hang_after_a_soft_limit(path: str) -> None:
     soft, hard = FileTimerClient(path, signal=0), FileTimerClient(path)
-    with expires(1.0, "hard", client=hard), expires(0.2, "soft", client=soft):
+    with expires(0.5, "hard", client=hard), expires(0.2, "soft", client=soft):
         time.sleep(1000)
 
 
@@ -61,7 +62,7 @@ def test_a_timer_that_never_kills_leaves_the_worker_s_others_armed(tmp_path: Pat
     try:
         worker = _CONTEXT.Process(target=_hang_after_a_soft_limit, args=(str(tmp_path / "fifo"),))
         worker.start()
-        worker.join(20)
+        worker.join(LIMIT)
         assert worker.exitcode == -signal.SIGKILL
         wait_until(lambda: len(told) == 3, "three events")
         assert told == [
@@ -75,14 +76,14 @@ def test_a_timer_that_never_kills_leaves_the_worker_s_others_armed(tmp_path: Pat
 
 def test_a_number_that_was_refused_once_may_be_a_worker_s_later() -> None:
     targets = Targets(set, LocalTimerServer(_CONTEXT.Queue())._complaints)
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
     try:
         # As after the end of a short worker whose number the next one has got.
         targets._refused.add(child.pid)
         assert targets.note(child.pid) is False, "whoever had the number before has no timers now"
         assert not targets.is_refused(child.pid)
         assert targets.reap(child.pid, signal.SIGKILL)
-        assert child.wait(20) == -signal.SIGKILL
+        assert child.wait(LIMIT) == -signal.SIGKILL
     finally:
         child.kill()
         child.communicate()
@@ -91,7 +92,7 @@ def test_a_number_that_was_refused_once_may_be_a_worker_s_later() -> None:
 
 def test_who_was_refused_and_has_no_timers_is_forgotten() -> None:
     server = LegacyLocalServer(_CONTEXT.Queue())
-    server.register_timers([TimerRequest(1, "forged", time.time() + 60)])
+    server.register_timers([TimerRequest(1, "forged", time.time() + 600)])
     server.register_timers([TimerRequest(1, "forged", -1)])
     assert server._targets.is_refused(1)
     server.clear_timers(set())
@@ -127,19 +128,17 @@ def test_a_writer_that_never_stops_holds_up_nobody(tmp_path: Path) -> None:
 
 def test_a_child_of_a_server_does_not_keep_its_fifo_alive(tmp_path: Path) -> None:
     path = str(tmp_path / "fifo")
-    code = f"""
-import os, time, hangwatch
-server = hangwatch.FileTimerServer({path!r}, report_dir=None)
+    code = """
+import os, sys, hangwatch
+server = hangwatch.FileTimerServer(sys.argv[1], report_dir=None)
 server.start()
-child = os.fork()
-if child == 0:
+if os.fork() == 0:
     print("ready", flush=True)
-time.sleep(1000 if child else 20)
+sys.stdin.read()
 """
-    first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    assert first.stdout is not None
-    with first.stdout:
-        assert first.stdout.readline() == b"ready\n"
+    with nursery().fork(code, path, stdin=subprocess.PIPE) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "ready\n"
         first.kill()
         first.wait()
         with pytest.raises(BrokenPipeError):
@@ -167,7 +166,7 @@ def test_what_can_t_be_unpickled_is_dropped_alone() -> None:
         for work in _put_unreadable, _hang:
             worker = _CONTEXT.Process(target=work, args=(queue,))
             worker.start()
-            worker.join(20)
+            worker.join(LIMIT)
         assert worker.exitcode == -signal.SIGKILL
     finally:
         server.stop()
@@ -180,9 +179,9 @@ def test_a_queue_that_fails_ends_nobody_s_protection() -> None:
     server = LegacyLocalServer(queue, max_interval=0.1)
     server.start()
     try:
-        with subprocess.Popen(["sleep", "60"]) as worker:
-            server.register_timers([TimerRequest(worker.pid, "hang", time.time() + 0.5)])
+        with subprocess.Popen(["sleep", "1000"]) as worker:
+            server.register_timers([TimerRequest(worker.pid, "hang", time.time() + 0.2)])
             queue.close()
-            assert worker.wait(20) == -signal.SIGKILL
+            assert worker.wait(LIMIT) == -signal.SIGKILL
     finally:
         server.stop()

@@ -9,16 +9,17 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from hangwatch import LocalTimerClient, LocalTimerServer, expires
+from support.nursery import LIMIT
 
 _CONTEXT = mp.get_context("spawn")
 
 
 def _hang_after_the_restart(queue: mp.Queue[object], inside: Event, restarted: Event) -> None:
     client = LocalTimerClient(queue)
-    with expires(60, "before", client=client):
+    with expires(600, "before", client=client):
         inside.set()
     restarted.wait()
-    with expires(0.5, "after", client=client):
+    with expires(0.2, "after", client=client):
         time.sleep(1000)
 
 
@@ -30,12 +31,12 @@ def test_the_first_block_after_a_restart_is_watched(tmp_path: Path) -> None:
     server.start()
     worker.start()
     try:
-        assert inside.wait(30)
+        assert inside.wait(LIMIT)
         server.stop()
         server = LocalTimerServer(queue, report_dir=tmp_path)
         server.start()
         restarted.set()
-        worker.join(20)
+        worker.join(LIMIT)
         assert worker.exitcode == -signal.SIGKILL
     finally:
         worker.kill()

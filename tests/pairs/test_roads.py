@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from math import inf
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 import hangwatch
-from hangwatch.pairs import place
+from hangwatch.pairs import targets
 from hangwatch.worker.client import WorkerClient
-from support.nursery import LIMIT
 from support.pairs import (
     CONTEXT,
     KILLED,
     Pair,
-    behave,
     client_at,
     exit_status,
     hang,
     ignore_sigterm,
     running,
+    stay,
     take_the_legacy_road,
+    wait_at,
 )
 from support.watchers import wait_until
 
@@ -34,55 +38,44 @@ from support.watchers import wait_until
 class TestTheNativeRoad:
     def test_a_hung_worker_is_killed_and_explained(self, pair: Pair, tmp_path: Path) -> None:
         with running(pair):
-            well = pair.worker(behave)
+            well, gate = pair.gated(stay)
+            gate.recv()
             assert exit_status(pair.worker(hang)) == KILLED
+            # Nothing goes through the legacy transport.
+            assert pair.server._timers == {}
+            assert pair.server._request_queue.size() == 0
+            gate.send("go on")
             assert exit_status(well) == 0
-        (report,) = (tmp_path / "reports").glob("*/report.txt")
+        (report,) = (tmp_path / "reports").glob("[!.]*/report.txt")
         assert "in hang" in report.read_text()
 
-    def test_nothing_goes_through_the_legacy_transport(self, pair: Pair) -> None:
-        with running(pair):
-            assert exit_status(pair.worker(behave)) == 0
-            assert not pair.server._joined or pair.server._timers == {}
-            assert pair.server._request_queue.size() == 0
-
-    @pytest.mark.parametrize("method", ["fork", "forkserver"])
-    def test_workers_of_every_start_method_find_it(self, tmp_path: Path, method: str) -> None:
-        context = multiprocessing.get_context(method)
+    def test_a_forked_worker_finds_it(self) -> None:
+        context = multiprocessing.get_context("fork")
         queue = context.Queue()
         server = hangwatch.LocalTimerServer(queue, report_dir=None)
         server.start()
         try:
-            worker = context.Process(target=_hang_natively, args=(queue,))  # type: ignore[attr-defined]
+            worker = context.Process(target=_hang_natively, args=(queue,))
             worker.start()
             assert exit_status(worker) == KILLED
         finally:
             server.stop()
 
     def test_a_server_that_is_restarted_watches_again(self, pair: Pair) -> None:
-        ready, go = CONTEXT.Event(), CONTEXT.Event()
         with running(pair):
-            worker = pair.worker(_hang_after, ready, go)
-            assert ready.wait(LIMIT)
+            worker, gate = pair.gated(_enter_a_longer_block)
+            gate.recv()
             pair.server.stop()
+            pair.server._joined = False
             pair.server.start()
-            go.set()
+            gate.send("enter it")
+            gate.recv()
+            wait_until(lambda: pair.server._joined, "the worker is known to the new watcher")
+            gate.send("overrun it")
             assert exit_status(worker) == KILLED
 
-    def test_the_link_is_gone_after_stop_and_after_a_crash_swept(
-        self, pair: Pair, tmp_path: Path
-    ) -> None:
-        pair.server.start()
-        link = pair.server._link()
-        assert link is not None
-        assert os.path.exists(link)
-        pair.server.stop()
-        assert not os.path.lexists(link)
-        os.symlink(str(tmp_path / "nobody"), link)
-        place.sweep()
-        assert not os.path.lexists(link)
-
-    def test_a_server_in_a_forked_child_is_not_the_child_s_to_stop(self, pair: Pair) -> None:
+    def test_a_server_in_a_forked_child_is_not_the_child_s_to_stop(self, tmp_path: Path) -> None:
+        pair = Pair("local", tmp_path)
         with running(pair):
             pid = os.fork()
             if pid == 0:
@@ -97,40 +90,37 @@ class TestTheNativeRoad:
 
 def _hang_natively(queue: object) -> None:
     client = client_at(queue)
-    with hangwatch.expires(0.3, "hang", client):
+    with hangwatch.expires(0.2, "hang", client):
         worker: WorkerClient | None = client._worker
         if worker is None or not worker.is_connected:
             os._exit(7)
-        time.sleep(30)
+        time.sleep(1000)
 
 
-def _hang_after(ready: threading.Event, go: threading.Event) -> None:
-    # The first watcher promises to look again within 8 s; the second block is due later.
-    with hangwatch.expires(8, "before"):
+def _enter_a_longer_block(gate: Connection) -> None:
+    # The first watcher promises to look again within 600 s; the second block is due later.
+    with hangwatch.expires(600, "before"):
         pass
-    ready.set()
-    go.wait()
-    with hangwatch.expires(9, "after"):
-        time.sleep(40)
-
-
-def _wait_in_a_block(ready: threading.Event, go: threading.Event) -> None:
-    with hangwatch.expires(60, "outer"), hangwatch.expires(60, "inner"):
-        ready.set()
-        go.wait()
+    wait_at(gate)
+    with hangwatch.expires(601, "after") as timer:
+        wait_at(gate)
+        timer.renew(0.1)
+        time.sleep(1000)
 
 
 class TestTheLegacyRoad:
     def test_a_hung_worker_is_killed(self, pair: Pair) -> None:
         take_the_legacy_road(pair)
         try:
-            well = pair.worker(behave)
+            well, gate = pair.gated(stay)
+            gate.recv()
             assert exit_status(pair.worker(hang)) == KILLED
+            gate.send("go on")
             assert exit_status(well) == 0
         finally:
             pair.server.stop()
 
-    def test_an_overridden_reap_worker_is_called(self, tmp_path: Path) -> None:
+    def test_an_overridden_reap_worker_is_called(self) -> None:
         reaped = []
 
         class Server(hangwatch.LocalTimerServer):
@@ -192,23 +182,22 @@ class TestTheLegacyRoad:
             finally:
                 server.stop()
 
-    def test_dead_workers_timers_are_forgotten(self, pair: Pair) -> None:
+    def test_dead_workers_timers_are_forgotten(self, tmp_path: Path) -> None:
+        pair = Pair("file", tmp_path)
         take_the_legacy_road(pair)
         try:
-            worker = pair.worker(_acquire_and_end, pair.place)
+            worker, gate = pair.gated(_acquire_and_end, pair.place)
+            wait_until(lambda: list(pair.server._timers) == [(worker.pid, "left")], "its timer")
+            gate.send("end")
             assert exit_status(worker) == 0
             wait_until(lambda: pair.server._timers == {}, "no timers")
         finally:
             pair.server.stop()
 
-    def test_two_threads_in_one_scope_have_a_timer_each(self, pair: Pair) -> None:
-        take_the_legacy_road(pair)
-        try:
-            assert exit_status(pair.worker(_hang_in_one_of_two_threads)) == KILLED
-        finally:
-            pair.server.stop()
-
-    def test_sigterm_ignored_is_followed_by_sigkill(self, tmp_path: Path) -> None:
+    def test_sigterm_ignored_is_followed_by_sigkill(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(targets, "ESCALATE_AFTER", 0.3)
         pair = Pair("file", tmp_path, max_interval=0.05)
         take_the_legacy_road(pair)
         try:
@@ -222,107 +211,91 @@ def _hang_on(queue: object) -> None:
     hang()
 
 
-def _acquire_and_end(where: object) -> None:
-    client_at(where).acquire("left", time.time() + 60)
-    time.sleep(0.5)
+def _acquire_and_end(gate: Connection, where: object) -> None:
+    client_at(where).acquire("left", time.time() + 600)
+    wait_at(gate)
 
 
-def _hang_in_one_of_two_threads() -> None:
-    entered = threading.Event()
-
-    def other() -> None:
-        with hangwatch.expires(1.0, "shared"):
-            entered.set()
-            time.sleep(30)
-
-    threading.Thread(target=other, daemon=True).start()
-    entered.wait()
-    with hangwatch.expires(60, "shared"):
-        pass
-    time.sleep(20)
-
-
-def _handle_and_pause() -> None:
-    with hangwatch.expires(1.2, "step") as timer:
-        timer.cancel()
-        with hangwatch.expires(1.2, "step"):
-            pass
-        time.sleep(2)  # it stays cancelled
-        timer.renew(60)
-        with hangwatch.expires(1.2, "step"):
-            pass
-        time.sleep(2)  # and so it stays renewed
-    with hangwatch.expires(1.2, "step"), hangwatch.paused("step", after=60):
-        time.sleep(2)
-
-
-def _overrun_a_pause() -> None:
-    with hangwatch.expires(60, "step"), hangwatch.paused("step", after=0.5):
-        time.sleep(30)
-
-
-def _hang_in_a_pause_of_the_same_name() -> None:
-    with hangwatch.paused("step", after=0.7), hangwatch.expires(0.1, "step"):
-        time.sleep(30)
-
-
-@pytest.fixture(params=["native", "legacy"])
-def road(request: pytest.FixtureRequest, pair: Pair) -> Iterator[str]:
-    if request.param == "legacy":
+@pytest.fixture(params=["local-native", "file-native", "local-legacy", "file-legacy"])
+def road(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
+    """Return a pair whose server runs."""
+    name, _, kind = request.param.partition("-")
+    pair = Pair(name, tmp_path)
+    if kind == "legacy":
         take_the_legacy_road(pair)
     else:
         pair.server.start()
-    yield str(request.param)
+    yield pair
     pair.server.stop()
+
+
+each_road = pytest.mark.parametrize("road", ["local-native", "file-legacy"], indirect=True)
+"""What has the same code in both pairs is shown with one of them on each road."""
 
 
 class TestBothRoads:
     def test_a_worker_survives_a_server_that_stops_in_the_middle_of_a_block(
-        self, pair: Pair, road: str
+        self, road: Pair
     ) -> None:
-        ready, go = CONTEXT.Event(), CONTEXT.Event()
-        worker = pair.worker(_wait_in_a_block, ready, go)
-        assert ready.wait(LIMIT)
-        pair.server.stop()
-        go.set()
+        worker, gate = road.gated(_stay_in_two_blocks)
+        gate.recv()
+        road.server.stop()
+        gate.send("leave them")
         assert exit_status(worker) == 0
 
-    def test_an_inner_block_of_the_same_scope_replaces_the_outer(
-        self, pair: Pair, road: str
+    @each_road
+    def test_who_has_time_left_lives_and_who_has_none_is_killed(
+        self, road: Pair, tmp_path: Path
     ) -> None:
-        said = CONTEXT.Event()
-        worker = pair.worker(_recurse, said)
-        assert exit_status(worker) == KILLED
-        assert said.is_set()  # it was not killed before the last block
+        """Of replaced, cancelled, renewed, paused and released timers only the valid one counts.
 
-    def test_whatever_finds_the_block_its_scope_s_outer_one_is_replaced(
-        self, pair: Pair, road: str
-    ) -> None:
-        assert exit_status(pair.worker(_same_scope_in_two_ways, pair.place)) == 0
+        What must not end a worker would have been due before what ends the others.
+        """
+        survivors = {body.__name__: road.gated(body, road.place) for body in SURVIVORS}
+        for _, gate in survivors.values():
+            gate.recv()
+        # Neither the server's own process is ended, nor are its children along with it.
+        with hangwatch.expires(0.1, "own", road.client()):
+            hanging = {body.__name__: road.worker(body, road.place) for body in HANGING}
+            statuses = {name: exit_status(worker) for name, worker in hanging.items()}
+        assert statuses == dict.fromkeys(hanging, KILLED)
+        for _, gate in survivors.values():
+            with contextlib.suppress(BrokenPipeError):  # that it was ended is what comes out next
+                gate.send("go on")
+        statuses = {name: exit_status(worker) for name, (worker, _) in survivors.items()}
+        assert statuses == dict.fromkeys(survivors, 0)
+        reports = [
+            json.loads(path.read_text()) for path in (tmp_path / "reports").glob("*/report.json")
+        ]
+        expired = {report["worker"]["pid"] for report in reports}
+        assert not expired & {worker.pid for worker, _ in survivors.values()}
 
-    def test_the_server_s_own_process_is_never_killed(self, pair: Pair, road: str) -> None:
-        child = pair.worker(behave, 2.5)  # whatever descends from us isn't, either
-        with hangwatch.expires(0.2, "own", pair.client()):
-            time.sleep(1.5)
-        assert exit_status(child) == 0
+    @each_road
+    def test_handles_mean_the_same(self, road: Pair) -> None:
+        client = road.client()
+        with hangwatch.expires(600, "step", client) as timer:
+            early = timer.remaining()
+            wait_until(lambda: timer.remaining() < early, "that time goes by")
+            before = timer.remaining()
+            with hangwatch.expires(900, "step", client):
+                pass
+            assert before < timer.remaining() <= 600, "its own time, anew"
+            timer.cancel()
+            with hangwatch.expires(900, "step", client):
+                pass
+            assert timer.remaining() == inf, "it stays cancelled"
+            timer.renew(300)
+            with hangwatch.expires(900, "step", client):
+                pass
+            assert 0 < timer.remaining() <= 300, "it stays renewed"
+            with hangwatch.paused("pause", 900, client):
+                before = timer.remaining()
+                time.sleep(0.01)
+                assert timer.remaining() == before
 
-    def test_handles_and_pauses_mean_the_same(self, pair: Pair, road: str) -> None:
-        assert exit_status(pair.worker(_handle_and_pause)) == 0
-        assert exit_status(pair.worker(_overrun_a_pause)) == KILLED
-        assert exit_status(pair.worker(_hang_in_a_pause_of_the_same_name)) == KILLED
-
-    def test_a_call_replaces_and_a_release_ends_it(self, pair: Pair, road: str) -> None:
-        assert exit_status(pair.worker(_call_by_hand, pair.place)) == 0
-
-    def test_calls_stand_alone(self, pair: Pair, road: str) -> None:
-        # Neither the end of a block around, nor that of an older timer, ends a later one.
-        assert exit_status(pair.worker(_leave_the_second_armed, pair.place)) == KILLED
-
-    def test_a_forked_child_has_timers_of_its_own(self, pair: Pair, road: str) -> None:
-        assert exit_status(pair.worker(_fork_in_a_block)) == 0
-
-    def test_replaced_methods_are_called_once_a_block(self, pair: Pair, road: str) -> None:
-        client = pair.client()
+    @each_road
+    def test_replaced_methods_are_called_once_a_block(self, road: Pair) -> None:
+        client = road.client()
         calls: list[tuple[str, str]] = []
         acquire, release = client.acquire, client.release
 
@@ -334,73 +307,165 @@ class TestBothRoads:
             calls.append(("release", scope_id))
             release(scope_id)
 
-        with hangwatch.expires(30, "before", client):
+        with hangwatch.expires(600, "before", client):
             pass
         client.acquire, client.release = count_acquire, count_release  # type: ignore[method-assign]
         for _ in range(2):
-            with hangwatch.expires(30, "test", client):
+            with hangwatch.expires(600, "test", client):
                 pass
         assert calls == [("acquire", "test"), ("release", "test")] * 2
 
 
-def _recurse(said: threading.Event) -> None:
-    def nested(depth: int) -> None:
-        with hangwatch.expires(after=3, scope="recursive"):
-            if depth:
-                nested(depth - 1)
-            time.sleep(1)
-
-    nested(3)
-    with hangwatch.expires(after=1.5, scope="outer"):
-        with hangwatch.expires(after=30, scope="outer"):
-            time.sleep(2)
-        time.sleep(0.1)
-        said.set()
-        time.sleep(30)
+def _stay_in_two_blocks(gate: Connection) -> None:
+    with hangwatch.expires(600, "outer"), hangwatch.expires(600, "inner"):
+        wait_at(gate)
 
 
-def _same_scope_in_two_ways(where: object) -> None:
+# Workers that nobody may end. A short limit that must not be overrun is given within a pause:
+# so it can't be, however slow the machine is, before something else takes its place.
+
+
+def _begin_pause() -> Callable[[], None]:
+    """Pause this process; return what ends the pause.
+
+    In a thread of its own: in this one, its end would be the end of blocks that began within it.
+    """
+    begun, end = threading.Event(), threading.Event()
+
+    def pause() -> None:
+        with hangwatch.paused("pause", 600):
+            begun.set()
+            end.wait()
+
+    thread = threading.Thread(target=pause, daemon=True)
+    thread.start()
+    begun.wait()
+
+    def end_it() -> None:
+        end.set()
+        thread.join()
+
+    return end_it
+
+
+def _be_in_an_inner_block(gate: Connection, where: object) -> None:
+    """An inner block of the same scope replaces the outer one, however they find their client."""
     client = client_at(where)
     hangwatch.configure(client)
     for _ in range(3):
-        with hangwatch.expires(30, "s", client=client):
+        with hangwatch.expires(600, "s", client=client):
             pass
-    with hangwatch.expires(1.0, "s"):
-        with hangwatch.expires(30, "s", client=client):
-            time.sleep(1.5)
-        time.sleep(0.1)
+    end_pause = _begin_pause()
+    with hangwatch.expires(0.1, "s") as outer, hangwatch.expires(600, "s", client=client):
+        end_pause()
+        wait_at(gate)
+        outer.renew(600)
 
 
-def _call_by_hand(where: object) -> None:
+def _cancel_and_renew(gate: Connection, where: object) -> None:
+    end_pause = _begin_pause()
+    with hangwatch.expires(0.1, "one") as one, hangwatch.expires(0.1, "two") as two:
+        one.cancel()
+        two.renew(600)
+        end_pause()
+        for scope in "one", "two":  # as they are afterwards, so they stay
+            with hangwatch.expires(600, scope):
+                pass
+        wait_at(gate)
+
+
+def _be_in_a_pause(gate: Connection, where: object) -> None:
+    with (
+        hangwatch.expires(600, "step"),
+        hangwatch.paused("step", 600),
+        hangwatch.expires(0.1, "step"),
+    ):
+        wait_at(gate)
+
+
+def _call(gate: Connection, where: object) -> None:
+    """A call replaces an earlier one; a release ends it, also that of another thread."""
     client = client_at(where)
-    for _ in range(10):  # a heartbeat
-        client.acquire("beat", time.time() + 2.0)
-        time.sleep(0.3)
-    # Another thread may release it.
-    thread = threading.Thread(target=client.release, args=("beat",))
-    thread.start()
-    thread.join()
-    client.release("nothing")  # that there is nothing to release does no harm
-    time.sleep(2.5)
+    with hangwatch.paused("pause", 600):
+        client.acquire("beat", time.time() + 0.1)
+        client.acquire("beat", time.time() + 600)
+        client.acquire("end", time.time() + 0.1)
+        thread = threading.Thread(target=client.release, args=("end",))
+        thread.start()
+        thread.join()
+        client.release("nothing")  # that there is nothing to release does no harm
+    wait_at(gate)
 
 
-def _leave_the_second_armed(where: object) -> None:
-    client = client_at(where)
-    with hangwatch.expires(30, "around"):
-        client.acquire("first", time.time() + 30)
-        client.acquire("second", time.time() + 1.0)
-    client.release("first")
-    time.sleep(30)
-
-
-def _fork_in_a_block() -> None:
-    with hangwatch.expires(2, "parent's"):
+def _fork_in_a_block(gate: Connection, where: object) -> None:
+    """A forked child has timers of its own."""
+    with hangwatch.paused("pause", 600), hangwatch.expires(0.1, "parent's"):
         pid = os.fork()
         if pid == 0:
-            time.sleep(3)  # longer than the parent's block may take
-            with hangwatch.expires(30, "parent's"):
+            with hangwatch.expires(600, "parent's"):
                 pass
-            time.sleep(3)
+            wait_at(gate)
+            with hangwatch.expires(600, "parent's"):
+                pass
             os._exit(0)
     _, status = os.waitpid(pid, 0)
     os._exit(0 if status == 0 else 1)
+
+
+SURVIVORS = [_be_in_an_inner_block, _cancel_and_renew, _be_in_a_pause, _call, _fork_in_a_block]
+
+
+# Workers that must be ended.
+
+
+def _hang_after_an_inner_block(where: object) -> None:
+    """The outer block has its own time anew."""
+    with hangwatch.expires(0.4, "outer"):
+        with hangwatch.expires(600, "outer"):
+            pass
+        time.sleep(1000)
+
+
+def _overrun_a_pause(where: object) -> None:
+    with hangwatch.expires(600, "step"), hangwatch.paused("step", after=0.4):
+        time.sleep(1000)
+
+
+def _hang_in_a_pause_of_the_same_name(where: object) -> None:
+    with hangwatch.paused("step", after=0.4), hangwatch.expires(0.1, "step"):
+        time.sleep(1000)
+
+
+def _leave_the_second_armed(where: object) -> None:
+    """Neither the end of a block around, nor that of an older timer, ends a later one."""
+    client = client_at(where)
+    with hangwatch.expires(600, "around"):
+        client.acquire("first", time.time() + 600)
+        client.acquire("second", time.time() + 0.4)
+    client.release("first")
+    time.sleep(1000)
+
+
+def _hang_in_one_of_two_threads(where: object) -> None:
+    """Two threads in one scope have a timer each."""
+    entered = threading.Event()
+
+    def other() -> None:
+        with hangwatch.expires(0.4, "shared"):
+            entered.set()
+            time.sleep(1000)
+
+    threading.Thread(target=other, daemon=True).start()
+    entered.wait()
+    with hangwatch.expires(600, "shared"):
+        pass
+    time.sleep(1000)
+
+
+HANGING = [
+    _hang_after_an_inner_block,
+    _overrun_a_pause,
+    _hang_in_a_pause_of_the_same_name,
+    _leave_the_second_armed,
+    _hang_in_one_of_two_threads,
+]

@@ -22,7 +22,7 @@ import hangwatch
 from hangwatch.api import TimerRequest
 
 name, folder = sys.argv[1:]
-sleeper = ["sleep", "60"]
+sleeper = ["sleep", "1000"]
 # Not our stdout: who reads it is to see our end.
 worker = subprocess.Popen(sleeper, stdout=subprocess.DEVNULL)
 try:
@@ -46,7 +46,7 @@ for line in sys.stdin:
     else:
         queue.put(TimerRequest(int(line), "forged", time.time() - 1))
     if int(line) == worker.pid:
-        worker.wait(20)
+        worker.wait()
         print(worker.returncode, flush=True)
 server.stop()
 print("server alive", flush=True)
@@ -57,7 +57,7 @@ import json, os, subprocess, sys, time
 from support.processes import is_alive
 
 name, server_code, folder = sys.argv[1:]
-sibling = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+sibling = subprocess.Popen(["sleep", "1000"])
 server = subprocess.Popen([sys.executable, "-c", server_code, name, folder],
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 pids = json.loads(server.stdout.readline())
@@ -71,12 +71,13 @@ for number in numbers:
 server.stdin.write(f"{worker}\n")  # the last one is a true worker: by then all were judged
 server.stdin.flush()
 assert server.stdout.readline().strip() == "-9", "the true worker was not killed"
-time.sleep(0.5)
 for what, pid in innocent.items():
     assert is_alive(pid), f"{what} was hurt"
 server.stdin.close()
 assert server.stdout.readline().strip() == "server alive"
-assert server.wait(20) == 0
+assert server.wait() == 0
+for what in innocent.keys() - {"server", "keeper", "watcher"}:
+    assert is_alive(innocent[what]), f"{what} was hurt"
 print("held")
 """
 
@@ -87,7 +88,7 @@ def test_forged_requests_hurt_nobody(name: str, tmp_path: Path) -> None:
 
 
 REUSED = r"""
-import os, sys, time
+import os, signal, sys, time
 import hangwatch
 from hangwatch.api import TimerRequest
 from support.processes import is_alive
@@ -98,24 +99,28 @@ def child_with(pid):
         last.write(str(pid - 1))
     made = os.fork()
     if made == 0:
-        time.sleep(60)
-        os._exit(0)
+        signal.pause()
     return made
 
 server = hangwatch.FileTimerServer(sys.argv[1] + "/fifo", max_interval=0.05)
 server._keeps_its_own_way = lambda: True
 victim = child_with(300)
 assert victim == 300
-server.register_timers([hangwatch.FileTimerRequest(300, "of the dead", time.time() + 1, 9)])
+server.register_timers([hangwatch.FileTimerRequest(300, "of the dead", time.time() + 0.2, 9)])
 os.kill(victim, 9)
 os.waitpid(victim, 0)
 innocent = child_with(300)
 assert innocent == 300, innocent
-server.register_timers([hangwatch.FileTimerRequest(300, "of the living", time.time() + 60, 9)])
+server.register_timers([hangwatch.FileTimerRequest(300, "of the living", time.time() + 600, 9)])
+# Whose time is up after that of the dead one: once it is killed, that one's has passed.
+later = child_with(310)
+server.register_timers([hangwatch.FileTimerRequest(310, "later", time.time() + 0.4, 9)])
 server.start()
-time.sleep(2)
+_, status = os.waitpid(later, 0)
+assert os.WTERMSIG(status) == 9
 assert is_alive(innocent), "who got a dead worker's number was killed"
-assert list(server._timers) == [(300, "of the living")]
+assert (300, "of the dead") not in server._timers
+assert (300, "of the living") in server._timers
 # A request of its own counts for it, of course.
 server.register_timers([hangwatch.FileTimerRequest(300, "its own", time.time(), 9)])
 _, status = os.waitpid(innocent, 0)
@@ -132,7 +137,7 @@ def test_who_gets_a_dead_worker_s_number_is_not_killed(tmp_path: Path) -> None:
 
 def test_what_is_refused_stays_in_sight_until_it_is_due(caplog: pytest.LogCaptureFixture) -> None:
     server = hangwatch.LocalTimerServer(multiprocessing.Queue(), 0.01, report_dir=None)
-    server.register_timers([TimerRequest(-3, scope, time.time() + 60) for scope in ("one", "two")])
+    server.register_timers([TimerRequest(-3, scope, time.time() + 600) for scope in ("one", "two")])
     assert sorted(server._timers) == [(-3, "one"), (-3, "two")]
     server._run_watchdog()
     assert sorted(server._timers) == [(-3, "one"), (-3, "two")]

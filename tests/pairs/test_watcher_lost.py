@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import time
-from multiprocessing.synchronize import Event
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from hangwatch import expires
-from support.nursery import LIMIT
-from support.pairs import CONTEXT, Pair, running
+from support.pairs import KILLED, Pair, exit_status, running, wait_at
 from support.watchers import wait_until
 
 
@@ -20,32 +19,29 @@ def _kill_with_its_watcher(keeper: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _hang_after(inside: Event, go: Event) -> None:
-    with expires(60, "before"):
-        inside.set()
-    go.wait()
-    with expires(0.5, "after"):
+def _hang_after(gate: Connection) -> None:
+    with expires(600, "before"):
+        wait_at(gate)
+    with expires(0.2, "after"):
         time.sleep(1000)
 
 
-def test_a_watcher_that_was_killed_with_its_keeper_is_replaced(pair: Pair) -> None:
-    with running(pair):
-        inside, go = CONTEXT.Event(), CONTEXT.Event()
-        worker = pair.worker(_hang_after, inside, go)
-        assert inside.wait(LIMIT)
+def test_a_watcher_that_was_killed_with_its_keeper_is_replaced(tmp_path: Path) -> None:
+    with running(Pair("local", tmp_path)) as pair:
+        worker, gate = pair.gated(_hang_after)
+        gate.recv()
         keeper = pair.server._beside.pid  # type: ignore[union-attr]
         _kill_with_its_watcher(keeper)
         wait_until(
             lambda: pair.server._beside.pid != keeper,  # type: ignore[union-attr]
             "another watcher",
         )
-        go.set()
-        worker.join(LIMIT)
-        assert worker.exitcode == -signal.SIGKILL
+        gate.send("go on")
+        assert exit_status(worker) == KILLED
 
 
-def test_a_link_that_was_removed_comes_back_and_goes_with_the_server(pair: Pair) -> None:
-    with running(pair):
+def test_a_link_that_was_removed_comes_back_and_goes_with_the_server(tmp_path: Path) -> None:
+    with running(Pair("file", tmp_path)) as pair:
         link = pair.server._link()
         assert link is not None
         os.unlink(link)

@@ -30,8 +30,9 @@ from hangwatch import page
 from hangwatch.watcher.page_reader import Armed, PageReader
 from support.block_model import Between, Block, Model, Timer, exactly, later
 from support.one_worker import ALL, LOOPING, PLACES, TASKS, THREADS, Answer, Conductor
+from support.sizes import Size, short_and_long
 
-RUNS, STEPS = 130, 100
+STEPS_OF_A_RUN = 100
 
 
 def _of(find: Callable[[Any], Any]) -> st.SearchStrategy[Any]:
@@ -314,15 +315,16 @@ def steps() -> Iterator[Callable[[], int]]:
         OneWorker.worker.close()
 
 
-@pytest.mark.timeout(300)  # it takes 20 s; to find the shortest failure takes longer
-def test_the_page_says_what_the_worker_does(steps: Callable[[], int]) -> None:
+@short_and_long
+def test_the_page_says_what_the_worker_does(steps: Callable[[], int], size: Size) -> None:
+    enough = size.of(1_000, 5_000, 10_000)
     how = settings(
-        max_examples=RUNS,
-        stateful_step_count=STEPS,
+        max_examples=enough * 13 // 10 // STEPS_OF_A_RUN,
+        stateful_step_count=STEPS_OF_A_RUN,
         report_multiple_bugs=False,
         # Not to explain: that traces, and makes shrinking a failure several times slower.
         phases=(Phase.reuse, Phase.generate, Phase.shrink),
     )
-    while steps() < 10_000:  # a few runs are cut short
+    while steps() < enough:  # a few runs are cut short
         run_state_machine_as_test(OneWorker, settings=how)
     print(f"{steps()} steps")

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from support.sizes import Size, short_and_long
+
 STORM = """
 import ctypes, os, random, signal, sys, threading, time
 sys.path[:0] = {path!r}
@@ -107,11 +109,13 @@ with quiet_page() as client:
 """
 
 
+@short_and_long
 @pytest.mark.parametrize("kind", ["signal", "thread"])
-def test_storm_of_exceptions_leaves_no_slot_armed(kind: str) -> None:
+def test_storm_of_exceptions_leaves_no_slot_armed(kind: str, size: Size) -> None:
+    blocks = str(size.of(40_000, 100_000, 300_000))
     path = [entry for entry in sys.path if entry.endswith("tests")]
     result = subprocess.run(
-        [sys.executable, "-c", STORM.format(path=path), kind, "100000"],
+        [sys.executable, "-c", STORM.format(path=path), kind, blocks],
         capture_output=True,
         text=True,
         check=False,

@@ -6,6 +6,7 @@ reach this checkout or its virtual environment.
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from hangwatch.options import checked_settings
+from support.nursery import Nursery, Worker
 from support.watchers import RunningWatcher
 
 UID = 54321
@@ -22,6 +24,32 @@ ANOTHER = UID if os.geteuid() != UID else THIRD_UID
 """Somebody else, whoever runs the tests."""
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+
+_MODULES = [
+    "hangwatch.cli",
+    "hangwatch.cli.run",
+    "hangwatch.evidence.error_file",
+    "hangwatch.keep.launch",
+    "hangwatch.keep.serve",
+    "hangwatch.process",
+    "hangwatch.worker.client",
+    "hangwatch.worker.connection",
+    "hangwatch.worker.soft_ending",
+    "hangwatch.worker.stack_channel",
+    "support.raw_worker",
+    "ctypes",
+    "faulthandler",
+    "inspect",
+    "json",
+    "linecache",
+    "logging",
+    "mmap",
+    "signal",
+    "socket",
+    "struct",
+    "subprocess",
+    "traceback",
+]
 
 _BECOME = """
 import ctypes, faulthandler, inspect, json, linecache, logging, mmap, os, signal, socket, struct
@@ -51,6 +79,11 @@ def refused(act, *arguments):
 """
 
 
+@functools.cache
+def _nursery() -> Nursery:
+    return Nursery("hangwatch", *_MODULES)
+
+
 def script(code: str, uid: int = UID) -> str:
     """Return a program that has `become()` and `refused()`, and everything imported."""
     path = [entry for entry in sys.path if entry]
@@ -59,17 +92,11 @@ def script(code: str, uid: int = UID) -> str:
 
 def start(
     code: str, *arguments: object, watcher: RunningWatcher | None = None, **options: Any
-) -> subprocess.Popen[str]:
-    """Start a `script`; its output and its errors are pipes of text."""
+) -> Worker:
+    """Fork a process that runs a `script`; its output and its errors are pipes of text."""
     if watcher is not None:
         options.setdefault("env", watcher.environment())
-    return subprocess.Popen(
-        [sys.executable, "-c", script(code), *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+    return _nursery().fork(script(code), *map(str, arguments), stderr=subprocess.PIPE, **options)
 
 
 def run(
@@ -77,7 +104,7 @@ def run(
 ) -> str:
     """Run a `script` to its end, which must be a good one; return its output and its errors."""
     process = start(code, *arguments, watcher=watcher, **options)
-    out, err = process.communicate(timeout=40)
+    out, err = process.communicate()
     assert process.returncode == 0, err
     return out + err
 

@@ -11,7 +11,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,13 +35,17 @@ from security.second_user import (
 )
 from support.processes import is_alive
 from support.raw_worker import answer, hello, memfd
-from support.watchers import RunningWatcher, StartWatcher, wait_until
+from support.watchers import CONNECT, RunningWatcher, StartWatcher, wait_until
 
-HANGS = """
+# A worker that its watcher does not answer in time would run on unwatched, and never end.
+JOIN = "become()" + CONNECT
+HANGS = f"""
 def stuck_here(): time.sleep(1000)
-become()
+{JOIN}
 with hangwatch.expires(0.3, "theirs"): stuck_here()
 """
+
+OVERRUNS = "import time\nwith hangwatch.expires(0.05, 'ours'): time.sleep(1000)"
 
 
 @contextmanager
@@ -59,9 +62,9 @@ def folder() -> Iterator[Path]:
         yield path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def allowing() -> Iterator[RunningWatcher]:
-    """A watcher of root's that allows the second user."""
+    """Return a watcher of root's that allows the second user, which many tests share."""
     with allowing_watcher() as watcher:
         yield watcher
 
@@ -89,29 +92,22 @@ def let_through(watcher: RunningWatcher) -> None:
 
 class TestWithoutLeave:
     @needs_root
-    def test_the_way_is_closed_and_the_worker_says_so(self, start_watcher: StartWatcher) -> None:
-        watcher = start_watcher()
-        said = run(
-            "become()\nwith hangwatch.expires(0.2, 'theirs'): time.sleep(0.5)", watcher=watcher
-        )
+    def test_the_way_is_closed_and_the_worker_says_so(self, watcher: RunningWatcher) -> None:
+        said = run("become()\nwith hangwatch.expires(0.01, 'theirs'): pass", watcher=watcher)
         assert f"the way to {watcher.address} is closed to user {UID}" in said
         assert f"--allow-uid {UID}" in said
         assert said.count("runs on unwatched") == 1
 
     @needs_root
-    @pytest.mark.parametrize("folders", [True, False])
-    def test_modes_of_files_keep_it_out(self, start_watcher: StartWatcher, folders: bool) -> None:
+    def test_modes_of_files_keep_it_out(self, start_watcher: StartWatcher) -> None:
         """Either of the two is enough: the folder's mode, and the socket's own."""
         watcher = start_watcher()
+        for closed in (Path(watcher.address).parent, Path(watcher.address)):
+            let_through(watcher)
+            closed.chmod(0o700 if closed.is_dir() else 0o600)
+            run("become()\nrefused(socket.socket(1, 5).connect, sys.argv[1])", watcher.address)
         let_through(watcher)
-        if folders:
-            Path(watcher.address).parent.chmod(0o700)
-        else:
-            Path(watcher.address).chmod(0o600)
-        run(
-            "become()\nrefused(socket.socket(1, 5).connect, sys.argv[1])",
-            watcher.address,
-        )
+        run("become()\nsocket.socket(1, 5).connect(sys.argv[1])", watcher.address)
 
     @needs_root
     def test_who_gets_through_is_refused_by_the_kernel_s_word(
@@ -119,14 +115,27 @@ class TestWithoutLeave:
     ) -> None:
         watcher = start_watcher()
         let_through(watcher)
-        said = run(
-            "become()\nwith hangwatch.expires(0.2, 'theirs'): time.sleep(0.7)\nprint('alive')",
+        theirs = start(
+            """
+become()
+with hangwatch.expires(0.05, 'theirs'):
+    time.sleep(0.05)
+    print('overrun', flush=True)
+    sys.stdin.readline()
+print('alive')
+""",
             watcher=watcher,
+            stdin=subprocess.PIPE,
         )
+        assert theirs.read_line() == "overrun"
+        ours = watcher.connected_worker("import hangwatch\n" + OVERRUNS)
+        ours.communicate()
+        assert watcher.report(pid=ours.pid)["outcome"] == "reaped"
+        out, said = theirs.communicate("go on\n")
         assert f"the watcher serves user 0, this is user {UID}" in said
         assert f"start it with --allow-uid {UID}" in said
-        assert "alive" in said, "it overran, and nobody ended it"
-        assert watcher.reports() == []
+        assert "alive" in out, "it overran, and nobody ended it"
+        assert [report["worker"]["pid"] for report in watcher.reports()] == [ours.pid]
 
     def test_no_descriptor_of_a_stranger_becomes_ours(
         self, monkeypatch: pytest.MonkeyPatch
@@ -166,12 +175,11 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             os.getpid(),
         )
         try:
-            assert pretends.stdout is not None
-            pretends.stdout.readline()
+            assert pretends.read_line() == "ready"
             (folder / "file").write_text("")
             with pytest.raises(hangwatch.LaunchError, match="before it was ready"):
                 hangwatch.SharedMemoryTimerServer(folder / "file").start()
-            assert pretends.stdout.readline() == "sent\n"
+            assert pretends.read_line() == "sent"
         finally:
             pretends.kill()
             pretends.communicate()
@@ -193,16 +201,15 @@ assert launch._is_of_our_user(ready.recvmsg(100, 100)[1])
     def test_it_can_read_nothing(self, start_watcher: StartWatcher) -> None:
         watcher = start_watcher()
         let_through(watcher)
-        hung = watcher.worker("import hangwatch, time\nwith hangwatch.expires(0.2): time.sleep(99)")
-        hung.communicate(timeout=40)
+        hung = watcher.connected_worker("import hangwatch\n" + OVERRUNS)
+        hung.communicate()
         report = watcher.report(pid=hung.pid)
         assert report["outcome"] == "reaped"
-        busy = watcher.worker(
+        busy = watcher.connected_worker(
             "import hangwatch, time\n"
-            "with hangwatch.expires(99): print('in', flush=True); time.sleep(99)",
+            "with hangwatch.expires(1000): print('in', flush=True); time.sleep(1000)",
         )
-        assert busy.stdout is not None
-        busy.stdout.readline()
+        assert busy.read_line() == "in"
         watcher.report_dir.parent.chmod(0o711)
         (place,) = watcher.report_dir.glob("*/report.json")
         files = [place, place.with_name("report.txt")]
@@ -266,7 +273,7 @@ class TestAllowed:
         assert not place.stat().st_mode & 0o007
         assert stat.S_IMODE(place.parent.stat().st_mode) == 0o711
         worker = start(HANGS, watcher=allowing)
-        worker.communicate(timeout=40)
+        worker.communicate()
         assert worker.returncode == -9
         report = allowing.report(pid=worker.pid)
         assert report["outcome"] == "reaped"
@@ -276,9 +283,9 @@ class TestAllowed:
 
     def test_reports_are_the_watcher_s_alone(self, allowing: RunningWatcher) -> None:
         worker = start(HANGS, watcher=allowing)
-        worker.communicate(timeout=40)
+        worker.communicate()
         allowing.report(pid=worker.pid)
-        (path,) = allowing.report_dir.glob("*/report.json")
+        (path,) = allowing.report_dir.glob(f"*-{worker.pid}/report.json")
         for name, mode in ((path, 0o600), (path.parent, 0o700), (allowing.report_dir, 0o700)):
             assert (name.stat().st_uid, stat.S_IMODE(name.stat().st_mode)) == (0, mode)
         run("become()\nrefused(open, sys.argv[1])", path)
@@ -288,7 +295,7 @@ class TestAllowed:
             f"""
 become({THIRD_UID})
 refused(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET).connect, sys.argv[1])
-with hangwatch.expires(0.2, "theirs"): time.sleep(0.5)
+with hangwatch.expires(0.01, "theirs"): pass
 """,
             allowing.address,
             watcher=allowing,
@@ -309,7 +316,7 @@ with hangwatch.expires(0.2, "theirs"): time.sleep(0.5)
             assert f"serves user 0, {UID}, this is user {THIRD_UID}" in said
             assert f"start it with --allow-uid {THIRD_UID}" in said
             worker = start(HANGS, watcher=watcher)
-            worker.communicate(timeout=40)
+            worker.communicate()
             assert watcher.report(pid=worker.pid)["worker"]["uid"] == UID
 
     def test_root_writes_no_error_file_where_the_worker_could_not(
@@ -323,7 +330,7 @@ with hangwatch.expires(0.2, "theirs"): time.sleep(0.5)
         said = {}
         for path in (theirs / "error.json", folder / "new.json", precious):
             worker = start(HANGS, env=allowing.environment(TORCHELASTIC_ERROR_FILE=str(path)))
-            worker.communicate(timeout=40)
+            worker.communicate()
             report = allowing.report(pid=worker.pid)
             (said[path.name],) = (
                 action["result"] for action in report["actions"] if action["action"] == "error file"
@@ -347,7 +354,7 @@ with hangwatch.expires(0.2, "theirs"): time.sleep(0.5)
             "import ctypes\nassert ctypes.CDLL(None).unshare(0x20000) == 0\n" + HANGS,
             env=allowing.environment(TORCHELASTIC_ERROR_FILE=str(path)),
         )
-        worker.communicate(timeout=40)
+        worker.communicate()
         assert worker.returncode == -9
         report = allowing.report(pid=worker.pid)
         (said,) = (
@@ -400,6 +407,7 @@ assert status == 0
         worker = start(
             f"""
 os.setresuid({UID}, {UID}, 0)
+{CONNECT}
 with hangwatch.expires(0.3, "was theirs"):
     os.setresuid(0, 0, 0)
     sys.stdin.read()
@@ -409,7 +417,7 @@ print("alive")
             stdin=subprocess.PIPE,
         )
         report = allowing.report(pid=worker.pid)
-        out, _ = worker.communicate("", timeout=40)
+        out, _ = worker.communicate("")
         assert worker.returncode == 0
         assert "alive" in out
         assert report["worker"]["uid"] == UID
@@ -425,20 +433,19 @@ print("alive")
 
     def test_a_descendant_of_another_user_is_spared(self, allowing: RunningWatcher) -> None:
         worker = start(
-            """
+            f"""
 of_root = subprocess.Popen(["sleep", "1000"])
-become()
+{JOIN}
 own = subprocess.Popen(["sleep", "1000"])
 print(of_root.pid, own.pid, flush=True)
 with hangwatch.expires(0.3, "theirs"): time.sleep(1000)
 """,
             watcher=allowing,
         )
-        assert worker.stdout is not None
-        of_root, own = map(int, worker.stdout.readline().split())
+        of_root, own = map(int, worker.read_line().split())
         pidfd = os.pidfd_open(of_root)
         try:
-            worker.wait(40)
+            worker.wait()
             report = allowing.report(pid=worker.pid)
             wait_until(lambda: not is_alive(own), "its own child is killed with it")
             assert is_alive(of_root)
@@ -449,18 +456,16 @@ with hangwatch.expires(0.3, "theirs"): time.sleep(1000)
             os.close(pidfd)
             worker.communicate()
 
-    def test_a_successor_serves_it_as_well(self, allowing: RunningWatcher) -> None:
-        worker = start(
-            "become()\n"
-            "with hangwatch.expires(3, 'theirs'): print('in', flush=True); time.sleep(99)",
-            watcher=allowing,
-        )
-        assert worker.stdout is not None
-        worker.stdout.readline()
-        os.kill(allowing.pid, 9)
-        assert worker.wait(40) == -9
-        worker.communicate()
-        assert allowing.report(pid=worker.pid)["worker"]["uid"] == UID
+    def test_a_successor_serves_it_as_well(self) -> None:
+        code = f"{JOIN}\nprint('in', flush=True)\nsys.stdin.readline()\n{OVERRUNS}"
+        with allowing_watcher() as watcher:
+            worker = start(code, watcher=watcher, stdin=subprocess.PIPE)
+            assert worker.read_line() == "in"
+            os.kill(watcher.pid, signal.SIGKILL)
+            worker.write_line()
+            assert worker.wait() == -signal.SIGKILL
+            worker.close()
+            assert watcher.report(pid=worker.pid)["worker"]["uid"] == UID
 
     def test_run_takes_it_as_well(self, folder: Path) -> None:
         """The socket is where the other user can get to."""
@@ -530,7 +535,7 @@ class TestOption:
         process = start(
             f"{become}\nhangwatch.cli.main({[first, '--allow-uid', str(ANOTHER), *rest]!r})"
         )
-        _, err = process.communicate(timeout=40)
+        _, err = process.communicate()
         assert process.returncode == status, err
         assert f"can neither signal nor look into processes of user {ANOTHER}" in err
         assert "start the watcher as root" in err
@@ -546,7 +551,6 @@ if pid == 0:
     os.write(1, b"")
     time.sleep(1000)
 while f"Uid:\\t{UID}" not in open(f"/proc/{{pid}}/status").read(): time.sleep(0.01)
-time.sleep(0.1)
 helper = os.fork()
 if helper == 0:
     become({THIRD_UID})
@@ -567,7 +571,6 @@ assert status == 0
                 *(sys.executable, "-m", "hangwatch", "serve", "--allow-uid", str(UID)),
             ],
             capture_output=True,
-            timeout=30,
             text=True,
             check=False,
         )
@@ -583,7 +586,6 @@ assert status == 0
         result = subprocess.run(
             [*unshare, sys.executable, "-m", "hangwatch", "serve", "--allow-uid", stranger],
             capture_output=True,
-            timeout=30,
             text=True,
             check=False,
         )
@@ -650,7 +652,7 @@ class TestOwnRights:
         os.mkfifo(fifo)
         reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            worker = watcher.worker(
+            worker = watcher.connected_worker(
                 """
 import os, sys, time, hangwatch
 from hangwatch.worker import stack_channel
@@ -660,7 +662,7 @@ with hangwatch.expires(0.3): time.sleep(1000)
 """,
                 fifo,
             )
-            worker.communicate(timeout=40)
+            worker.communicate()
             missing = watcher.report(pid=worker.pid)["missing"]
             assert any("is another file now" in reason for reason in missing)
             poll = select.poll()
@@ -673,16 +675,17 @@ with hangwatch.expires(0.3): time.sleep(1000)
         with subprocess.Popen(["sleep", "1000"]) as victim:
             worker = watcher.worker(
                 """
-import os, sys, threading, time, hangwatch
+import os, sys, threading
 os.getpid = lambda: int(sys.argv[1])
 threading.get_native_id = lambda: int(sys.argv[1])
-with hangwatch.expires(0.3): time.sleep(1000)
-""",
+"""
+                + CONNECT
+                + "import hangwatch\n"
+                + OVERRUNS,
                 str(victim.pid),
             )
-            worker.communicate(timeout=40)
-            assert worker.returncode == -9
-            watcher.report(pid=worker.pid)
-            time.sleep(0.1)
+            worker.communicate()
+            assert worker.returncode == -signal.SIGKILL
+            assert watcher.report(pid=worker.pid)["outcome"] == "reaped"
             assert victim.poll() is None
             victim.kill()

@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,8 +22,10 @@ import pytest
 import hangwatch
 from hangwatch import failpoints
 from hangwatch.worker.labels import labels_from
+from support.nursery import LIMIT, nursery
+from support.processes import open_files
 from support.raw_worker import answer, connect, hello, memfd
-from support.watchers import RunningWatcher, StartWatcher, wait_until
+from support.watchers import CONNECT, RunningWatcher, StartWatcher, wait_until
 
 SOURCE = Path(hangwatch.__file__).parent
 # Bytes that a helper of the watcher, a fork of it, has sent to it.
@@ -108,7 +109,7 @@ def test_a_pickle_is_no_hello_and_no_ring(watcher: RunningWatcher, tmp_path: Pat
 
 def test_a_pickle_in_the_place_of_stacks_is_text(watcher: RunningWatcher, tmp_path: Path) -> None:
     bomb = pickle.dumps(Bomb(tmp_path / "gone off"), protocol=0)
-    worker = watcher.worker(
+    worker = watcher.connected_worker(
         """
 import os, signal, sys, time, hangwatch
 from hangwatch.worker import stack_channel
@@ -120,7 +121,7 @@ with hangwatch.expires(0.3, bomb.decode()): time.sleep(1000)
 """,
         bomb.hex(),
     )
-    worker.communicate(timeout=40)
+    worker.communicate()
     assert worker.returncode == -9
     assert watcher.report(pid=worker.pid)["outcome"] == "reaped"
     assert not (tmp_path / "gone off").exists()
@@ -170,16 +171,15 @@ def test_no_path_of_a_peer_is_opened_but_the_error_file(tmp_path: Path) -> None:
                 "TORCHELASTIC_RUN_ID": str(place / "run"),
                 "RANK": str(place / "rank"),
             }
-            worker = subprocess.Popen(
-                [sys.executable, "-c", HANGS_WITH_PATHS, str(place)], env=environment
-            )
-            assert worker.wait(50) == -9
+            worker = nursery().fork(CONNECT + HANGS_WITH_PATHS, str(place), env=environment)
+            assert worker.wait() == -9
+            worker.close()
             wait_until(lambda: list(reports.glob("[!.]*/report.json")), "the report")
         finally:
             keeper = Path(f"/proc/{traced.pid}/task/{traced.pid}/children").read_text().split()
             for pid in keeper:
                 os.kill(int(pid), 15)
-            traced.wait(30)
+            traced.wait()
     text = trace.read_text()
     (report,) = reports.glob("*/report.json")
     for name in ("rank", "run", "scope"):
@@ -193,10 +193,13 @@ def test_no_path_of_a_peer_is_opened_but_the_error_file(tmp_path: Path) -> None:
 
 
 SECRET = "correct-horse-battery-staple"
-HANGS = """
+HANGS = (
+    CONNECT
+    + """
 import time, hangwatch
 with hangwatch.expires(0.3, "with a secret"): time.sleep(1000)
 """
+)
 
 
 def test_no_environment_is_told(tmp_path: Path) -> None:
@@ -269,21 +272,22 @@ def test_descriptors_that_take_long_to_close_hold_up_no_keeper(
         if kernel != "this":
             patch.setenv(failpoints.VARIABLE, "kernel.pass-rights=fail:ENOPROTOOPT")
         watcher = start_watcher()
+    before = open_files(watcher.keeper_pid)
     with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
-        worker = watcher.interpreter(
-            *("-c", SENDS_WHAT_TAKES_LONG_TO_CLOSE),
+        listener.settimeout(LIMIT)
+        worker = watcher.worker(
+            SENDS_WHAT_TAKES_LONG_TO_CLOSE,
             *(watcher.address, str(listener.getsockname()[1])),
             stdin=subprocess.PIPE,
             env=watcher.environment(PYTHONPATH=str(Path(__file__).parents[1])),
         )
-        listener.settimeout(20)
         stack.enter_context(listener.accept()[0])
-        assert worker.stdout is not None
-        assert worker.stdout.readline() == "in\n"
+        assert worker.read_line() == "in"
         os.kill(watcher.pid, signal.SIGSTOP)
-        out, _ = worker.communicate("go on\n", timeout=20)
+        out, _ = worker.communicate("go on\n")
         os.kill(watcher.pid, signal.SIGCONT)
         assert out in ("", "refused\n") if kernel == "this" else out == ""
+        wait_until(lambda: open_files(watcher.keeper_pid) <= before, "the keeper lets go of it")
         page = memfd()
         stack.callback(os.close, page)
         answers: list[str | None] = []
@@ -294,7 +298,7 @@ def test_descriptors_that_take_long_to_close_hold_up_no_keeper(
                 return answers[-1] is None
             return False
 
-        for _ in range(10):
+        # The keeper has to answer before anybody is welcome.
+        for _ in range(2):
             wait_until(is_welcome, "a newcomer is served")
-            time.sleep(0.3)
     assert set(answers) == {None}

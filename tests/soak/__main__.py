@@ -30,11 +30,12 @@ from hangwatch import linux
 from hangwatch.failpoints import VARIABLE
 from hangwatch.watcher.events import Event
 from soak import faults
-from soak.checker import Checker, summary
 from soak.faults import BELL, BUSY, Injector
-from soak.history import Death, Fault, History, Statement, bury, life_of
-from soak.leaks import errors_in, held_by, left_below_us
+from support.checker import Checker, summary
+from support.history import Death, Fault, History, Statement, bury, read_logs
 from support.namespaces import prefix
+from support.nursery import Nursery, Worker
+from support.processes import Watched, errors_in, held_by, left_below_us
 from support.stepped_clock import SteppedClock
 from support.watchers import watcher_below
 
@@ -69,7 +70,7 @@ class Soak:
         self._folder = folder
         self._logs = folder / "logs"
         self._reports = folder / "reports"
-        self._workers: dict[int, float] = {}
+        self._workers: dict[int, tuple[Worker, Watched, float]] = {}
         self._deaths: list[Death] = []
         self._looked = time.monotonic()
         self._reports_read: set[str] = set()
@@ -91,6 +92,8 @@ class Soak:
         )
         with _environment(**stepped, **{VARIABLE: faults.RARELY}), _stderr(self._folder / "log"):
             server.start()
+        with _environment(**stepped):
+            self._nursery = Nursery("soak.traffic")
         assert server.pid is not None
         assert server.address is not None
         self._keeper = server.pid
@@ -102,7 +105,7 @@ class Soak:
             server.address,
             self._reports if disk else None,
             clock,
-            lambda: list(self._workers),
+            lambda: [watched for _, watched, _ in self._workers.values()],
         )
         baseline = self._open_files()
         try:
@@ -110,6 +113,7 @@ class Soak:
             self._look_for_leaks(baseline)
         finally:
             server.stop()
+            self._nursery.close()
         self._conclude()
 
     def _play(self, progress: Progress) -> None:
@@ -155,40 +159,44 @@ class Soak:
 
     def _start_worker(self) -> None:
         seed = str(self._rng.randrange(2**32))
-        arguments = [sys.executable, "-m", "soak.traffic", str(self._logs), seed, str(ACTS)]
         environment = self._environment
         if self._rng.random() < 1 / 3:
             error_file = str(self._folder / "errors" / f"{seed}.json")
             environment = {**environment, "TORCHELASTIC_ERROR_FILE": error_file}
-        pid = os.posix_spawn(
-            sys.executable,
-            arguments,
-            environment,
-            file_actions=[(os.POSIX_SPAWN_DUP2, self._errors, 2)],
+        worker = self._nursery.fork(
+            "from soak.traffic import main; main()",
+            *(str(self._logs), seed, str(ACTS)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            env=environment,
         )
-        self._workers[pid] = time.monotonic()
+        self._workers[worker.pid] = worker, Watched(worker.pid), time.monotonic()
 
     def _end_who_is_older_than(self, seconds: float) -> None:
-        for pid, began in self._workers.items():
-            if time.monotonic() - began > seconds and pid not in self.injector.killed:
-                self.injector.killed.add(pid)
-                os.kill(pid, signal.SIGKILL)
+        for _, watched, began in self._workers.values():
+            if time.monotonic() - began > seconds:
+                self.injector.killed.add(watched.pid)
+                watched.signal(signal.SIGKILL)
 
     def _wait_for_the_dead(self) -> None:
         before, self._looked = self._looked, time.monotonic()
-        while True:
-            try:
-                news = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            except ChildProcessError:
-                return
-            if news is None:
-                return
+        for pid, (worker, watched, _) in list(self._workers.items()):
+            if watched.is_dead():
+                self._note_death(before, pid, worker.wait())
+                watched.close()
+                worker.close()
+                del self._workers[pid]
+        # The orphans of workers come to us, and the hostile are ours.
+        while (news := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
             if news.si_pid == self._keeper:  # its launcher waits for it
                 raise AssertionError("the keeper has died")
             pid, status = os.waitpid(news.si_pid, 0)
-            now, code = time.monotonic(), os.waitstatus_to_exitcode(status)
-            self._deaths.append(Death(before, now, pid, code))
-            self._workers.pop(pid, None)
+            self._note_death(before, pid, os.waitstatus_to_exitcode(status))
+
+    def _note_death(self, before: float, pid: int, status: int) -> None:
+        by_us = pid in self.injector.killed
+        self._deaths.append(Death(before, time.monotonic(), pid, status, by_us))
 
     # -- what the watcher says
 
@@ -250,9 +258,8 @@ class Soak:
         ]
         history.statements[:] = [said for said in history.statements if said.pid not in hostile]
         history.faults += self.injector.faults
-        lives = [life_of(path.read_text().splitlines(True)) for path in self._logs.iterdir()]
-        history.lives = [life for life in lives if life is not None]
-        bury(history.lives, self._deaths, self.injector.killed)
+        history.lives = read_logs(self._logs)
+        bury(history.lives, self._deaths)
         orphans = {pid for life in history.lives if life.by_us for pid in life.spawned}
         for pid, name in left.items():
             # Whose worker we have killed ourselves is ours to end.

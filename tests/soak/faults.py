@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from soak.history import STOPPED_FOR, Fault
+from support.history import FULL_FOR, STOPPED_FOR, Fault
+from support.processes import Watched
 from support.raw_worker import connect, hello, memfd
 from support.stepped_clock import SteppedClock
 from support.watchers import watcher_below
 
 # They run for 2.5 s, and whoever they kept from running has something to catch up on.
 WHILE_BUSY = 4.0
-FULL_FOR = 2.0
 BUSY, BELL = "8 busy processes", "rings for ever"
 
 RARELY = (
@@ -40,7 +40,7 @@ RARELY = (
 )
 """The failpoints of a soak: at every step of the watcher, now and then."""
 
-_GARBAGE = """
+_STRANGER = """
 import mmap, os, random, socket, sys, time
 from hangwatch import page
 from support.raw_worker import connect, hello, memfd
@@ -55,27 +55,21 @@ with connect(sys.argv[1]) as connection:
     connection.setblocking(False)
     until = time.monotonic() + 1.5
     while time.monotonic() < until:
+        {act}
+"""
+"""A worker that disturbs the watcher for a while."""
+_GARBAGE = _STRANGER.format(
+    act="""
         at = random.randrange(16, 64 + 20 * page.SLOT_BYTES)
-        mapping[at:at + 64] = random.choice([os.urandom(64), bytes(64), b"\\xff" * 64])
+        mapping[at:at + 64] = random.choice([os.urandom(64), bytes(64), bytes([255]) * 64])
         try: connection.send(b"!")
-        except OSError: pass
-"""
-_BELL = """
-import socket, sys, time
-from support.raw_worker import connect, hello, memfd
-descriptor = memfd()
-with connect(sys.argv[1]) as connection:
-    try:
-        socket.send_fds(connection, [hello(page_fd=descriptor)], [descriptor])
-        connection.recv(4096)
-    except OSError:  # the watcher has died meanwhile
-        sys.exit()
-    connection.setblocking(False)
-    until = time.monotonic() + 1.5
-    while time.monotonic() < until:
+        except OSError: pass"""
+)
+_BELL = _STRANGER.format(
+    act="""
         try: connection.send(b"!")
-        except OSError: time.sleep(0.0005)
-"""
+        except OSError: time.sleep(0.0005)"""
+)
 _BUSY = (
     "import time\nuntil = time.monotonic() + 2.5\nwhile time.monotonic() < until: sum(range(999))"
 )
@@ -90,7 +84,7 @@ class Injector:
         address: where the watcher listens.
         reports: a file system of its own, small, or None: it can't be filled then.
         clock: the wall clock of watcher and workers, or None: it can't be stepped then.
-        living: returns the pids of the workers that the driver started and that live.
+        living: returns the workers that the driver started and that live.
     """
 
     def __init__(
@@ -100,7 +94,7 @@ class Injector:
         address: str,
         reports: Path | None,
         clock: SteppedClock | None,
-        living: Callable[[], list[int]],
+        living: Callable[[], list[Watched]],
     ) -> None:
         self.faults: list[Fault] = []
         self.killed: set[int] = set()
@@ -171,23 +165,22 @@ class Injector:
         self._signal_watcher(signal.SIGSTOP, "watcher stopped")
 
     def _kill_worker(self) -> None:
-        # Ours, and not waited for yet: nobody else has the number.
         if living := self._living():
-            pid = self._rng.choice(living)
-            self.killed.add(pid)
-            os.kill(pid, signal.SIGKILL)
-            self.note("worker killed", pid=pid)
+            worker = self._rng.choice(living)
+            self.killed.add(worker.pid)
+            worker.signal(signal.SIGKILL)
+            self.note("worker killed", pid=worker.pid)
 
     def _stop_worker(self) -> None:
         if living := self._living():
-            pid = self._rng.choice(living)
-            os.kill(pid, signal.SIGSTOP)
+            worker = self._rng.choice(living)
+            worker.signal(signal.SIGSTOP)
             seconds = self._rng.uniform(0.05, STOPPED_FOR)
-            self.note("worker stopped", seconds, pid)
+            self.note("worker stopped", seconds, worker.pid)
 
             def go_on() -> None:
-                if pid in self._living():
-                    os.kill(pid, signal.SIGCONT)
+                if worker in self._living():
+                    worker.signal(signal.SIGCONT)
 
             self._after(seconds, go_on)
 
@@ -219,44 +212,42 @@ class Injector:
             connection.close()
         self._held = []
 
-    def _start(self, kind: str, script: str, *arguments: str) -> None:
-        program = [sys.executable, "-c", script, *arguments]
+    def _spawn(self, kind: str, script: str) -> int:
+        program = [sys.executable, "-c", script, self._address]
         pid = os.posix_spawn(sys.executable, program, os.environ)
         self.hostile[pid] = kind
-        self.note(kind, pid=pid)
+        return pid
 
     def _garbage(self) -> None:
-        self._start("garbage in a page", _GARBAGE, self._address)
+        self.note("garbage in a page", pid=self._spawn("garbage in a page", _GARBAGE))
 
     def _bell(self) -> None:
-        self._start(BELL, _BELL, self._address)
+        self.note(BELL, pid=self._spawn(BELL, _BELL))
 
     def _busy(self) -> None:
         for _ in range(8):
-            pid = os.posix_spawn(sys.executable, [sys.executable, "-c", _BUSY], os.environ)
-            self.hostile[pid] = BUSY
+            self._spawn(BUSY, _BUSY)
         self.note(BUSY, WHILE_BUSY)
 
     def _few_descriptors(self) -> None:
         """Leave no room for newcomers, and those inside what they have."""
-        pids = [self._keeper, *filter(None, [watcher_below(self._keeper)])]
         used = 0
-        for pid in pids:
+        for pid in self._both():
             with contextlib.suppress(OSError):
                 used = max(used, *map(int, os.listdir(f"/proc/{pid}/fd")))
-        for pid in pids:
-            with contextlib.suppress(OSError):
-                _, most = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-                resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 40, most))
+        self._limit_descriptors(used + 40)
         self.note("few descriptors")
+        self._after(1.0, lambda: self._limit_descriptors(None))
 
-        def undo() -> None:
-            for pid in {self._keeper, *filter(None, [watcher_below(self._keeper)])}:
-                with contextlib.suppress(OSError):
-                    _, most = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-                    resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, most))
+    def _limit_descriptors(self, most: int | None) -> None:
+        for pid in self._both():
+            with contextlib.suppress(OSError):
+                _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, (most or hard, hard))
 
-        self._after(1.0, undo)
+    def _both(self) -> list[int]:
+        """Return keeper and watcher."""
+        return [self._keeper, *filter(None, [watcher_below(self._keeper)])]
 
     def _full_disk(self) -> None:
         assert self._reports is not None

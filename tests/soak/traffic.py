@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import hangwatch
 from hangwatch.worker.client import client_at
 from hangwatch.worker.handle import Handle
-from soak.history import Log
+from support.history import own_log
 
 LONG = 60.0
 
@@ -33,7 +33,8 @@ class Traffic:
     """
 
     def __init__(self, folder: str, seed: int, child: bool = False) -> None:
-        self.log = Log(folder, child)
+        self.folder = folder
+        self.log = own_log(folder, child)
         self.rng = random.Random(seed)
         self._numbers = itertools.count(1)
         self._client = client_at(os.environ["HANGWATCH_ADDRESS"])
@@ -57,16 +58,34 @@ class Traffic:
         return [*os.listdir("/proc/self/fd"), *os.listdir("/proc/self/task")]
 
     @contextmanager
-    def logged(self, scope: str, limit: float, pauses: bool = False) -> Iterator[Handle]:
-        """Enter a block that is left to the server's choice, and log every step of it."""
+    def logged(
+        self,
+        scope: str,
+        limit: float,
+        pauses: bool = False,
+        on_expiry: str | None = None,
+        grace: float | None = None,
+    ) -> Iterator[Handle]:
+        """Enter a block, and log every step of it; note its number, and whether it is watched."""
         number = next(self._numbers)
-        block = hangwatch.paused(scope, limit) if pauses else hangwatch.expires(limit, scope)
-        self.log.write("entering", block=number, scope=scope, limit=limit, pauses=pauses)
-        with block as timer:
-            self.log.write("entered", block=number, watched=self._client.is_connected)
-            self.number = number
-            yield timer
-            self.log.write("leaving", block=number)
+        if pauses:
+            block = hangwatch.paused(scope, limit)
+        else:
+            block = hangwatch.expires(limit, scope, on_expiry=on_expiry, grace=grace)
+        # The grace comes after what is raised, and after the first signal.
+        choices = {"on_expiry": on_expiry, "grace": grace or 0.0, "patience": 2 * (grace or 0.0)}
+        about = {"scope": scope, "limit": limit, "pauses": pauses, **choices}
+        self.log.write("entering", block=number, **about)
+        try:
+            with block as timer:
+                watched = self._client.is_connected
+                self.log.write("entered", block=number, watched=watched)
+                self.number, self.watched = number, watched
+                yield timer
+                self.log.write("leaving", block=number)
+        except hangwatch.TimerExpired:
+            # It came inside: only the end of the block has let it through.
+            self.log.write("raised", block=number)
         self.log.write("left", block=number)
 
     def unique(self, name: str) -> str:
@@ -149,7 +168,8 @@ class Traffic:
 
     def report(self) -> None:
         """A block that overruns and is only reported."""
-        with self.wanting("report", self.rng.uniform(0.1, 0.5)):
+        scope, limit = self.unique("report"), self.rng.uniform(0.1, 0.5)
+        with self.logged(scope, limit, on_expiry="report"):
             time.sleep(self.rng.choice([0.5, 2.0, 10.0]))
 
     # -- acts that start or become another process
@@ -162,7 +182,8 @@ class Traffic:
     def leave_behind(self) -> None:
         """A hang, while a child, a worker as well, goes on."""
         child = self._fork()
-        with self.wanting(None, 0.3) as watched:
+        with self.logged(self.unique("hang"), 0.3):
+            watched = self.watched
             self._wait_for(child)
             if watched:
                 _asleep()
@@ -175,7 +196,7 @@ class Traffic:
             status = 1
             try:
                 self.log.close()
-                Traffic(self.log.folder, seed, child=True).play(2)
+                Traffic(self.folder, seed, child=True).play(2)
                 status = 0
             except SystemExit:
                 status = 0
@@ -199,9 +220,7 @@ class Traffic:
         seed = str(self.rng.randrange(2**32))
         with self.logged(self.unique("exec"), 0.5):
             self.log.write("executing")
-            os.execv(
-                sys.executable, [sys.executable, "-m", "soak.traffic", self.log.folder, seed, "2"]
-            )
+            os.execv(sys.executable, [sys.executable, "-m", "soak.traffic", self.folder, seed, "2"])
 
     def exit(self) -> None:
         """An end inside of a block."""
@@ -218,18 +237,14 @@ class Traffic:
         how = self.rng.choice([_in_c, _in_a_lock, _in_a_loop, _asleep])
         if self.rng.random() < 0.3:
             how = self._with_a_child(how)
-        choice = self.rng.random()
+        choice, limit = self.rng.random(), self.rng.uniform(0.1, 1.5)
         if choice < 0.3:
             signal.signal(signal.SIGTERM, self.rng.choice([signal.SIG_IGN, signal.SIG_DFL]))
-            with self.wanting("reap", self.rng.uniform(0.1, 1.5), grace=0.5) as watched:
-                if watched:
-                    how()
+            self._hang(how, limit, "reap", grace=0.5)
         elif choice < 0.5:
-            self._in_two_threads(how)
+            self._hang(lambda: _in_two_threads(how), limit)
         else:
-            with self.wanting(None, self.rng.uniform(0.1, 1.5)) as watched:
-                if watched:
-                    how()
+            self._hang(how, limit)
 
     def _with_a_child(self, how: Callable[[], None]) -> Callable[[], None]:
         def hang() -> None:
@@ -239,49 +254,23 @@ class Traffic:
 
         return hang
 
-    def _in_two_threads(self, how: Callable[[], None]) -> None:
-        thread = threading.Thread(target=how, daemon=True)
-        with self.wanting(None, self.rng.uniform(0.1, 1.5)) as watched:
-            if watched:
-                thread.start()
-                _asleep()
-
     def raised(self) -> None:
         """A block that is ended from inside, unless it is stuck in C."""
         how = _in_c if self.rng.random() < 0.3 else _in_short_sleeps
-        with self.wanting("raise", self.rng.uniform(0.1, 0.6), grace=1.0) as watched:
-            if watched:
+        self._hang(how, self.rng.uniform(0.1, 0.6), "raise", grace=1.0)
+
+    def _hang(
+        self,
+        how: Callable[[], object],
+        limit: float,
+        on_expiry: str | None = None,
+        grace: float = 0,
+    ) -> None:
+        """Hang in a block of its own, unless nobody watches: then nobody would end it."""
+        scope = self.unique(on_expiry or "hang")
+        with self.logged(scope, limit, on_expiry=on_expiry, grace=grace or None):
+            if self.watched:
                 how()
-
-    @contextmanager
-    def wanting(
-        self, on_expiry: str | None, limit: float, grace: float | None = None
-    ) -> Iterator[bool]:
-        """Enter a block that says what is to happen, and log every step of it.
-
-        Yields whether anybody watches: else nobody would end a hang.
-        """
-        number, scope = next(self._numbers), self.unique(on_expiry or "hang")
-        self.log.write(
-            "entering",
-            block=number,
-            scope=scope,
-            limit=limit,
-            on_expiry=on_expiry,
-            grace=grace or 0.0,
-            # After what is raised, and after the first signal.
-            patience=2 * (grace or 0.0),
-        )
-        try:
-            with hangwatch.expires(limit, scope, on_expiry=on_expiry, grace=grace):
-                watched = self._client.is_connected
-                self.log.write("entered", block=number, watched=watched)
-                yield watched
-                self.log.write("leaving", block=number)
-        except hangwatch.TimerExpired:
-            # It came inside: only the end of the block has let it through.
-            self.log.write("raised", block=number)
-        self.log.write("left", block=number)
 
 
 _never, _unwritten = os.pipe()
@@ -305,6 +294,11 @@ def _in_a_loop() -> None:
 
 def _asleep() -> None:
     time.sleep(1000)
+
+
+def _in_two_threads(how: Callable[[], None]) -> None:
+    threading.Thread(target=how, daemon=True).start()
+    _asleep()
 
 
 def _in_short_sleeps() -> None:
@@ -331,5 +325,10 @@ _ACTS: dict[Callable[[Traffic], None], float] = {
 }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Be a worker: the arguments are the folder, the seed, and how many acts."""
     Traffic(sys.argv[1], int(sys.argv[2])).play(int(sys.argv[3]))
+
+
+if __name__ == "__main__":
+    main()

@@ -5,21 +5,21 @@ it connects, while it arms, while it hangs. Beside them are survivors. None may 
 may stand still, and whoever hangs, a survivor or a worker that has just been started, must be
 killed soon after its deadline. In the end nothing may be left.
 
-The same storm runs over PyTorch's pair: `--implementation torch.distributed.elastic.timer`.
-It ends as soon as something is wrong.
+Every process writes a log, and `support.checker` judges. The same storm runs over PyTorch's
+pair: `--implementation torch.distributed.elastic.timer`.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import random
 import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -28,12 +28,22 @@ from rich.progress import Progress
 from rich.table import Table
 
 from hangwatch import linux
-from stress.storm_board import Board, Phase, fork, new_board
-from stress.storm_house import LEGACY, NATIVE, Plan, keep_house
-from stress.storm_nursery import Figures
+from stress.driver import LEGACY, NATIVE, Plan
+from stress.house import keep_house
+from stress.workers import Phase
+from support.checker import Checker, Rules
+from support.history import Death, History, Life, bury, life_of, read_logs
+from support.processes import errors_in, fork
 
 OURS = "hangwatch"
 _GIVES_UP_AFTER = 120.0
+_WHERE = {
+    Phase.STARTS: "starts",
+    Phase.CONNECTS: "connects",
+    Phase.ENTERS: "enters a block",
+    Phase.INSIDE: "is inside of one",
+    Phase.LEAVES: "leaves one",
+}
 
 
 @dataclass
@@ -42,62 +52,105 @@ class Outcome:
 
     Attributes:
         plan: what it was to be.
-        board: what its processes showed.
         seconds: how long it took.
-        figures: of the survivors.
+        died: how many victims were killed in each phase.
+        history: what happened.
+        late: how many seconds after their deadlines those who hung were dead.
         problems: whatever was wrong.
     """
 
     plan: Plan
-    board: Board
     seconds: float
-    figures: Figures = field(default_factory=Figures)
-    problems: list[str] = field(default_factory=list)
+    died: Counter[str]
+    history: History
+    late: list[float]
+    problems: list[str]
 
     @property
     def shows_something(self) -> bool:
         """Tell whether there was a storm, before which whoever hung was killed."""
-        return self.board.kills > 0 and len(self.figures.late) > 1
+        return self.died.total() > 0 and len(self.late) > 1
+
+    def column(self) -> dict[str, str]:
+        """Return the figures of the table."""
+        whole, late = max(1, self.died.total()), sorted(self.late)
+        survivors = [life for life in self.history.lives if life.quick]
+        pauses = [until - since for since, until in (life.silent for life in survivors)]
+
+        def count(what: str) -> str:
+            return str(sum(what in problem for problem in self.problems))
+
+        overruns = [life for life in self.history.lives if _is_overrun(life) and not life.by_us]
+        return {
+            "victims killed": f"{self.died.total():,}",
+            **{
+                f"  while one {where}": f"{100 * self.died[phase.name] / whole:.0f} %"
+                for phase, where in _WHERE.items()
+            },
+            "victims that the server ended": f"{len(overruns):,}",
+            "blocks of the survivors": f"{sum(life.quick for life in survivors):,}",
+            "a survivor's longest pause": f"{max(pauses, default=0):.2f} s",
+            "survivors blocked": count("stood still"),
+            "workers killed that overran nothing": count("was killed"),
+            "workers that hung, and were killed": f"{len(late):,}",
+            "  after their deadline, median": f"{late[len(late) // 2]:.3f} s" if late else "-",
+            "  at worst": f"{late[-1]:.3f} s" if late else "-",
+            "workers that hung, unprotected": count("was ended"),
+            "seconds": f"{self.seconds:.0f}",
+            "problems": str(len(self.problems)),
+        }
+
+
+def _is_overrun(life: Life) -> bool:
+    return any(block.scope == "overrun" for block in life.blocks.values())
 
 
 def play(implementation: str, plan: Plan, screen: Console) -> Outcome:
-    """Have a storm, in a process of its own, and show how far it is."""
-    module, board = importlib.import_module(implementation), new_board()
-    began = time.monotonic()
-    house = fork(lambda: keep_house(module, plan, board))
-    last, moved_at = 0, began
-    problems: list[str] = []
+    """Have a storm, in a process of its own, and show how far it is; then judge it."""
+    module, began = importlib.import_module(implementation), time.monotonic()
+    house = fork(lambda: keep_house(module, plan))
+    errors, lines, moved_at = [], 0, began
     with Progress(console=screen) as progress:
         task = progress.add_task(f"{plan.road} road", total=plan.kills)
-        while True:
-            dead, status = os.waitpid(house, os.WNOHANG)
-            if dead:
-                break
-            if board.kills != last:
-                last, moved_at = board.kills, time.monotonic()
-                progress.update(task, completed=last)
-            if time.monotonic() - moved_at > _GIVES_UP_AFTER:
-                problems.append(f"nothing has moved for {_GIVES_UP_AFTER:g} s")
+        while not (status := os.waitpid(house, os.WNOHANG))[0]:
+            now = plan.log.read_bytes().count(b"\n") if plan.log.exists() else 0
+            if now != lines:
+                lines, moved_at = now, time.monotonic()
+                progress.update(task, completed=min(now, plan.kills))
+            if time.monotonic() > moved_at + _GIVES_UP_AFTER + plan.patience:
+                errors.append(f"nothing has moved for {_GIVES_UP_AFTER + plan.patience:g} s")
                 os.kill(house, signal.SIGKILL)  # and with it all that it has started
-                _, status = os.waitpid(house, 0)
-                break
-            time.sleep(0.05)
-    if status != 0 and not problems:
-        problems.append(f"the server's process ended with {os.waitstatus_to_exitcode(status)}")
-    outcome = Outcome(plan, board, time.monotonic() - began, problems=problems)
-    outcome.problems += _lines(plan.folder / "problems")
-    outcome.problems += [
-        f"in the log: {line}"
-        for line in _lines(plan.folder / "log")
-        if "Error:" in line or "failed" in line
+                moved_at = time.monotonic()
+            time.sleep(0.1)
+    code = os.waitstatus_to_exitcode(status[1])
+    if code != 0:
+        errors.append(f"the server's process ended with {code}")
+    return judge(plan, errors, time.monotonic() - began)
+
+
+def judge(plan: Plan, errors: list[str], seconds: float) -> Outcome:
+    """Judge what everybody has logged."""
+    house, driver = (
+        life_of(path.read_text().splitlines(True)) if path.exists() else None
+        for path in (plan.folder / "house.log", plan.log)
+    )
+    deaths: list[Death] = driver.waited if driver else []
+    history = History(read_logs(plan.folder / "logs"), errors=errors)
+    history.faults += driver.faults if driver else []
+    history.leaks += house.problems if house else []
+    errors += [
+        f"process {death.pid} ended with {death.status} before it had a log"
+        for death in bury(history.lives, deaths)
+        if not death.by_us
     ]
-    if (plan.folder / "figures").exists():
-        outcome.figures = Figures(**json.loads((plan.folder / "figures").read_text()))
-    return outcome
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(errors="replace").splitlines() if path.exists() else []
+    text = (plan.folder / "stderr").read_text(errors="replace")
+    errors += [f"in the log: {line}" for line in text.splitlines() if "failed" in line]
+    errors += [f"in the log: {line}" for line in errors_in(text)]
+    rules = Rules(within=plan.patience, silent_for=plan.patience, words=False)
+    checker = Checker(history, rules)
+    problems = checker.problems()
+    died = Counter(death.phase for death in deaths if death.by_us and death.phase)
+    return Outcome(plan, seconds, died, history, checker.lateness, problems)
 
 
 def table_of(outcomes: list[Outcome], implementation: str) -> Table:
@@ -106,41 +159,10 @@ def table_of(outcomes: list[Outcome], implementation: str) -> Table:
     table.add_column("")
     for outcome in outcomes:
         table.add_column(f"{outcome.plan.road} road", justify="right")
-    columns = [_column(outcome) for outcome in outcomes]
+    columns = [outcome.column() for outcome in outcomes]
     for name in columns[0]:
         table.add_row(name, *(column[name] for column in columns))
     return table
-
-
-def _column(outcome: Outcome) -> dict[str, str]:
-    board, figures = outcome.board, outcome.figures
-    late = sorted(figures.late)
-    died = [sum(forker.died[phase] for forker in board.forkers) for phase in Phase]
-    whole = max(1, board.kills)
-    return {
-        "victims killed": f"{board.kills:,}",
-        **{
-            f"  while one {name}": f"{100 * died[phase] / whole:.0f} %"
-            for phase, name in (
-                (Phase.STARTS, "starts"),
-                (Phase.FIRST, "connects"),
-                (Phase.ENTERS, "enters a block"),
-                (Phase.INSIDE, "is inside of one"),
-                (Phase.LEAVES, "leaves one"),
-            )
-        },
-        "victims that the server ended": f"{sum(one.ended for one in board.forkers):,}",
-        "blocks of the survivors": f"{sum(one.blocks for one in board.survivors):,}",
-        "a survivor's longest pause": f"{figures.longest:.2f} s",
-        "survivors blocked": str(figures.blocked),
-        "survivors killed": str(figures.killed),
-        "workers that hung, and were killed": f"{len(figures.late):,}",
-        "  after their deadline, median": f"{late[len(late) // 2]:.3f} s" if late else "-",
-        "  at worst": f"{late[-1]:.3f} s" if late else "-",
-        "workers that hung, unprotected": str(figures.unprotected),
-        "seconds": f"{outcome.seconds:.0f}",
-        "problems": str(len(outcome.problems)),
-    }
 
 
 @click.command()
@@ -149,7 +171,10 @@ def _column(outcome: Outcome) -> dict[str, str]:
 @click.option("--road", type=click.Choice(["both", NATIVE, LEGACY]), default="both")
 @click.option("--seed", default=0, help="Of a storm that is to be had again; 0: another one.")
 @click.option("--show", is_flag=True, help="Only show what happens: fail if nothing did.")
-def main(kills: int, implementation: str, road: str, seed: int, show: bool) -> None:
+@click.option("--patience", default=5.0, help="Seconds that survivors may stand still.")
+def main(
+    kills: int, implementation: str, road: str, seed: int, show: bool, patience: float
+) -> None:
     """Have a storm of so many kills; the exit status says whether it was weathered."""
     seed = seed or random.SystemRandom().randrange(1, 10**9)
     console, screen = Console(soft_wrap=True), Console(stderr=True)
@@ -162,7 +187,7 @@ def main(kills: int, implementation: str, road: str, seed: int, show: bool) -> N
         share = kills // len(roads) + (number < kills % len(roads))
         with tempfile.TemporaryDirectory(prefix="hw-storm-") as folder:
             os.chmod(folder, 0o700)
-            plan = Plan(name, share, max(10, share // 100), seed, Path(folder))
+            plan = Plan(name, share, seed, patience, Path(folder))
             outcomes.append(play(implementation, plan, screen))
     console.print(table_of(outcomes, implementation))
     for outcome in outcomes:

@@ -98,6 +98,16 @@ class Worker:
             stream.close()
         return read["stdout"], read["stderr"]
 
+    def read_line(self) -> str:
+        """Wait for a line that it prints; return it without its end."""
+        assert self.stdout is not None
+        return self.stdout.readline().rstrip("\n")
+
+    def write_line(self, line: str = "") -> None:
+        """Write a line to it, which it may wait for."""
+        assert self.stdin is not None
+        print(line, file=self.stdin, flush=True)
+
     def send_signal(self, number: int) -> None:
         """Send it a signal, unless its end is known."""
         if self.poll() is None:
@@ -141,12 +151,14 @@ class Nursery:
 
     def __init__(self, *modules: str) -> None:
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # A sitecustomize that our own environment asks for comes before the machine's.
+        paths = [*filter(None, [os.environ.get("PYTHONPATH")]), _TESTS, *sys.path]
         with its:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "support.nursery", str(its.fileno()), *modules],
                 pass_fds=[its.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**_clean(os.environ), "PYTHONPATH": os.pathsep.join([_TESTS, *sys.path])},
+                env={**_clean(os.environ), "PYTHONPATH": os.pathsep.join(paths)},
             )
         self._socket = ours
         self._lock = threading.Lock()

@@ -23,6 +23,7 @@ from time import monotonic
 from typing import Any
 
 import hangwatch
+from support.nursery import LIMIT
 from support.pages import QuietClient, quiet_page
 
 THREADS = ("thread 1", "thread 2", "thread 3")
@@ -31,7 +32,6 @@ LOOPING = THREADS[0]
 TASKS = ("task 1", "task 2", "task 3")
 ALL = 10**6
 """Blocks that are left at once: however many there are, and the thread or task ends."""
-_ANSWERS_WITHIN = 30
 
 
 def _here(after: float) -> hangwatch.Expiration:
@@ -74,7 +74,7 @@ class Conductor:
         """
         try:
             self._connection.send({"who": who, "do": do, **rest})
-            if not self._connection.poll(_ANSWERS_WITHIN):
+            if not self._connection.poll(LIMIT):
                 raise TimeoutError(f"{who} does not answer to {do}")
             answer: Answer = self._connection.recv()
         except (EOFError, OSError):

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -50,9 +51,27 @@ class Pair:
 
     def worker(self, body: Callable[..., None], *arguments: Any) -> ForkServerProcess:
         """Start a worker that is configured with a client and calls ``body(*arguments)``."""
-        process = CONTEXT.Process(target=_work, args=(self.place, body, arguments))
+        process = CONTEXT.Process(target=_work, args=(self.place, body, arguments), daemon=True)
         process.start()
         return process
+
+    def gated(
+        self, body: Callable[..., None], *arguments: Any
+    ) -> tuple[ForkServerProcess, Connection]:
+        """Start a worker that calls ``body(gate, *arguments)``; return it, and our end of the gate.
+
+        Each `wait_at(gate)` of the worker is one `recv` here, and then one `send` lets it go on. It
+        is no event of multiprocessing: that would block us if a waiting worker were killed.
+        """
+        ours, its = CONTEXT.Pipe()
+        with its:
+            return self.worker(body, its, *arguments), ours
+
+
+def wait_at(gate: Connection) -> None:
+    """Say that we are here, and wait until we are told to go on."""
+    gate.send("here")
+    gate.recv()
 
 
 @contextmanager
@@ -77,18 +96,16 @@ def _work(place: Any, body: Callable[..., None], arguments: tuple[Any, ...]) -> 
     body(*arguments)
 
 
-def hang(after: float = 0.3, scope: str = "hang") -> None:
-    """Overrun a block by far."""
+def hang(after: float = 0.2, scope: str = "hang") -> None:
+    """Overrun a block, for good."""
     with hangwatch.expires(after=after, scope=scope):
-        time.sleep(30)
+        time.sleep(1000)
 
 
-def behave(seconds: float = 0.5) -> None:
-    """Enter and leave blocks for a while, none of which overruns."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        with hangwatch.expires(after=30, scope="well"):
-            time.sleep(0.001)
+def stay(gate: Connection) -> None:
+    """Wait within a block that does not overrun."""
+    with hangwatch.expires(after=600, scope="well"):
+        wait_at(gate)
 
 
 def ignore_sigterm(path: str) -> None:
@@ -99,9 +116,11 @@ def ignore_sigterm(path: str) -> None:
 
 
 def exit_status(process: BaseProcess) -> int | None:
-    """Wait for a worker's end."""
+    """Wait for a worker's end; return None, and kill it, if it does not end."""
     process.join(LIMIT)
-    return process.exitcode
+    status = process.exitcode
+    process.kill()
+    return status
 
 
 def take_the_legacy_road(pair: Pair) -> None:

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from hangwatch import page, wire
+from support.nursery import LIMIT
 
 
 def memfd(
@@ -50,12 +51,28 @@ def hello(**changes: Any) -> bytes:
 def connect(address: str) -> socket.socket:
     """Connect to a watcher, and say nothing yet."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    connection.settimeout(20)
+    connection.settimeout(LIMIT)
     try:
         connection.connect(address)
     except OSError:
         connection.close()
         raise
+    return connection
+
+
+def refusal(connection: socket.socket) -> str | None:
+    """Read a watcher's answer; return None if it is a welcome, else why not."""
+    return wire.decode_reply(connection.recv(wire.MAX_BYTES)).reason
+
+
+def join(address: str, memfd: int) -> socket.socket:
+    """Connect with a page's memfd as a worker that is welcome."""
+    connection = connect(address)
+    socket.send_fds(connection, [hello()], [memfd])
+    reason = refusal(connection)
+    if reason is not None:
+        connection.close()
+        raise AssertionError(f"refused: {reason}")
     return connection
 
 
@@ -66,4 +83,4 @@ def answer(address: str, message: bytes, descriptors: list[int]) -> str | None:
             socket.send_fds(connection, [message], descriptors)
         else:
             connection.send(message)
-        return wire.decode_reply(connection.recv(wire.MAX_BYTES)).reason
+        return refusal(connection)

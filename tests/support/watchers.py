@@ -17,6 +17,17 @@ from typing import Any, Protocol
 from hangwatch import SharedMemoryTimerServer
 from support.nursery import LIMIT, Worker, nursery
 
+# A worker gives up a handshake after 1 s and runs on unwatched. Of one that then hangs for good
+# nobody would ever hear.
+CONNECT = """
+import os as _os
+from hangwatch import HangwatchError as _Error
+from hangwatch.worker.client import client_at as _client_at
+while not _client_at(_os.environ["HANGWATCH_ADDRESS"]).is_connected:
+    try: _client_at(_os.environ["HANGWATCH_ADDRESS"]).connect()
+    except _Error: pass
+"""
+
 
 def wait_until(true: Callable[[], object], what: str, within: float = LIMIT) -> None:
     """Wait until `true()`; fail, naming `what`, if it isn't within `within` seconds."""
@@ -71,6 +82,10 @@ class RunningWatcher:
         options.setdefault("env", self.environment())
         return nursery().fork(script, *map(str, arguments), **options)
 
+    def connected_worker(self, script: str, *arguments: str | Path, **options: Any) -> Worker:
+        """Fork a worker that is connected before its script begins, however long that takes."""
+        return self.worker(CONNECT + script, *arguments, **options)
+
     def interpreter(self, *arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
         """Start a worker that is an interpreter of its own; its output is a pipe of text."""
         options.setdefault("env", self.environment())
@@ -79,7 +94,8 @@ class RunningWatcher:
 
     def reports(self, **wanted: object) -> list[dict[str, Any]]:
         """Return every report so far whose worker or scope fields are `wanted`, oldest first."""
-        paths = sorted(self.report_dir.glob("[!.]*/report.json"))
+        # The pid stands at the end of the folder's name: of a shared watcher there may be many others.
+        paths = sorted(self.report_dir.glob(f"[!.]*-{wanted.get('pid', '')}*/report.json"))
         reports = [json.loads(path.read_text()) for path in paths]
         return [
             report
@@ -89,8 +105,29 @@ class RunningWatcher:
 
     def report(self, **wanted: object) -> dict[str, Any]:
         """Wait for a report whose worker or scope fields are `wanted`."""
-        wait_until(lambda: self.reports(**wanted), f"a report with {wanted}")
-        return self.reports(**wanted)[0]
+        return self.wait_for_reports(1, **wanted)[0]
+
+    def wait_for_reports(self, count: int, **wanted: object) -> list[dict[str, Any]]:
+        """Wait for so many reports whose worker or scope fields are `wanted`, oldest first."""
+        what = f"{count} reports with {wanted}"
+        wait_until(lambda: len(self.reports(**wanted)) >= count, what)
+        return self.reports(**wanted)
+
+
+def first_recovered(
+    watcher: RunningWatcher, start: Callable[[], Worker]
+) -> tuple[Worker, dict[str, Any]]:
+    """Start workers until one does in time what saves it; return it and its report.
+
+    Those before it, which a busy machine kept from that, must have been killed.
+    """
+    while True:
+        worker = start()
+        report = watcher.report(pid=worker.pid)
+        if report["outcome"] == "recovered":
+            return worker, report
+        assert report["outcome"] == "reaped"
+        assert worker.wait() < 0
 
 
 class StartWatcher(Protocol):

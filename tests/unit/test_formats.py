@@ -8,7 +8,6 @@ import os
 import signal
 import stat
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from hangwatch.evidence.model import (
 from hangwatch.process import Identity, parse_stat, read_stat
 from hangwatch.watcher.identity import pidfd_by_number
 from hangwatch.worker.labels import labels_from
+from support.nursery import nursery
 
 
 @given(st.text(), st.integers(4, 200), st.booleans())
@@ -315,7 +315,7 @@ def test_a_thread_s_signal_masks_are_read() -> None:
 
 
 def test_older_kernels_a_peer_is_held_by_its_number() -> None:
-    process = subprocess.Popen(["sleep", "30"])
+    process = subprocess.Popen(["sleep", "1000"])
     held = Identity(process.pid, 0, 0, pidfd_by_number(process.pid))
     assert not held.is_dead()
     assert held.send(9) == "sent"
@@ -340,13 +340,12 @@ def test_a_signal_reaches_one_thread_and_none_of_another_process(
         "    print(signal.sigwait([signal.SIGUSR1]) == signal.SIGUSR1, flush=True)\n"
         "threading.Thread(target=work).start()\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    tid = int(process.stdout.readline())
+    process = nursery().fork(script)
+    tid = int(process.read_line())
     with pytest.raises(ProcessLookupError):
         send(os.getpid(), tid, signal.SIGUSR1)
     send(process.pid, tid, signal.SIGUSR1)
-    out, _ = process.communicate(timeout=20)
+    out, _ = process.communicate()
     assert out == "True\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -109,22 +110,20 @@ server.stop()
 
 
 @pytest.mark.parametrize(
-    "program", [["-m", "torch.distributed.run"], ["-m", "program"], ["program.py"]]
+    ("options", "program"),
+    [
+        ([], ["-m", "torch.distributed.run"]),
+        (["--report-dir", "r"], ["-m", "program"]),
+        (["--report-dir=r"], ["program.py"]),
+    ],
 )
-@pytest.mark.parametrize("options", [[], ["--report-dir", "r"], ["--report-dir=r"]])
 def test_it_runs_a_program_as_python_would(
     site: Path, program: list[str], options: list[str]
 ) -> None:
     result = run(
         site,
-        "-m",
-        "hangwatch.integrations.torch",
-        *options,
-        *program,
-        "-m",
-        "x",
-        "--report-dir",
-        "y",
+        *("-m", "hangwatch.integrations.torch", *options, *program),
+        *("-m", "x", "--report-dir", "y"),
     )
     assert result.returncode == 0, result.stderr
     assert "hangwatch.file_based_local_timer.FileTimerServer" in result.stdout
@@ -132,23 +131,33 @@ def test_it_runs_a_program_as_python_would(
     assert result.stdout.endswith(f" {site}\n")
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        ([], "a program or -m MODULE is missing"),
-        (["-m"], "-m needs a module"),
-        (["-m", "torch.no.such"], "there is no module torch.no.such"),
-        (["-m", ".."], "there is no module .."),
-        (["missing.py"], "there is no program missing.py"),
-        (["--what", "-m", "x"], "there is no option --what"),
-        (["--report-dir"], "--report-dir needs a folder"),
-    ],
-)
-def test_a_wrong_command_line_is_explained(site: Path, words: list[str], says: str) -> None:
-    result = run(site, "-m", "hangwatch.integrations.torch", *words)
+def test_a_wrong_command_line_is_explained(site: Path) -> None:
+    result = run(site, "-m", "hangwatch.integrations.torch", "missing.py")
     assert result.returncode == 2
-    assert result.stderr.startswith("usage: python -m hangwatch.integrations.torch ")
-    assert result.stderr.endswith(f"error: {says}\n")
+    assert result.stderr.endswith("error: there is no program missing.py\n")
+    wrong = {
+        "": "a program or -m MODULE is missing",
+        "-m": "-m needs a module",
+        "-m torch.no.such": "there is no module torch.no.such",
+        "-m ..": "there is no module ..",
+        "missing.py": "there is no program missing.py",
+        "--what -m x": "there is no option --what",
+        "--report-dir": "--report-dir needs a folder",
+    }
+    script = f"""
+import contextlib, io, json
+from hangwatch.integrations.torch.__main__ import main
+for line in {list(wrong)!r}:
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try: main(line.split())
+        except SystemExit as end: status = end.code
+    print(json.dumps([line, status, said.getvalue()]))
+"""
+    for line, status, said in map(json.loads, python(site, script).splitlines()):
+        assert status == 2
+        assert said.startswith("usage: python -m hangwatch.integrations.torch ")
+        assert said.endswith(f"error: {wrong.pop(line)}\n")
+    assert wrong == {}
 
 
 def test_help(site: Path) -> None:

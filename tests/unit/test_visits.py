@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from fuzz.bounds import in_time
 from hangwatch import page
 from hangwatch.evidence.model import Case
 from hangwatch.page import DEADLINE, ENTRY, LIMIT, SLOTS_IN_USE, deadline_word
@@ -108,7 +109,7 @@ def test_one_incident_at_a_time_also_before_it_has_begun(scene: Scene) -> None:
 
 def test_whichever_visit_comes_first_hears_a_muted_worker_again(scene: Scene) -> None:
     worker = scene.worker
-    worker.budget.credit = -0.01
+    worker.budget.credit = -1000.0
     worker.budget._filled_at = time.monotonic()
     scene.watcher._visit(worker)
     assert worker.muted
@@ -134,20 +135,10 @@ def test_reading_a_page_of_nonsense_takes_no_time_and_says_something() -> None:
     with quiet_page() as client:
         reader, words, memory = client.reader(), client.page.words, client.page.memory
         words[SLOTS_IN_USE] = page.CAPACITY
-        for kind in ("chain", "ring", "ring of pauses", "noise"):
-            for index in range(page.CAPACITY):
-                at = deadline_word(index)
-                if kind == "noise":
-                    start = page.slot_byte(index)
-                    memory[start : start + page.SLOT_BYTES] = rng.randbytes(page.SLOT_BYTES)
-                    continue
-                words[at + DEADLINE], words[at + ENTRY], words[at + LIMIT] = 1.0, 7.0, 1.0
-                outer = index - 1 if index or kind == "chain" else page.CAPACITY - 1
-                memory[page.slot_byte(index) + 48] = page.PAUSES * (kind != "ring")
-                page.write_enclosing(memory, index, outer if outer >= 0 else None, 7.0)
-            began = time.monotonic()
+
+        def read(kind: bytes) -> None:
             armed = reader.armed()
-            assert len(armed) == {"chain": page.CAPACITY, "ring": 0}.get(kind, len(armed))
+            assert len(armed) == {b"chain": page.CAPACITY, b"ring": 0}.get(kind, len(armed))
             for slot in [*armed[:3], Armed(0, 7.0, 1.0), Armed(page.CAPACITY - 1, 7.0, 1.0)]:
                 spent = reader.spent(slot, 5.0)
                 assert all(isfinite(t or 0.0) for t in (spent.limit, spent.inside))
@@ -162,5 +153,17 @@ def test_reading_a_page_of_nonsense_takes_no_time_and_says_something() -> None:
                 assert reader.was_raised(slot) in (True, False)
             assert isinstance(reader.is_paused(), bool)
             assert 0 <= reader.raise_signal() <= 64
-            assert time.monotonic() - began < 5
+
+        for kind in (b"chain", b"ring", b"ring of pauses", b"noise"):
+            for index in range(page.CAPACITY):
+                at = deadline_word(index)
+                if kind == b"noise":
+                    start = page.slot_byte(index)
+                    memory[start : start + page.SLOT_BYTES] = rng.randbytes(page.SLOT_BYTES)
+                    continue
+                words[at + DEADLINE], words[at + ENTRY], words[at + LIMIT] = 1.0, 7.0, 1.0
+                outer = index - 1 if index or kind == b"chain" else page.CAPACITY - 1
+                memory[page.slot_byte(index) + 48] = page.PAUSES * (kind != b"ring")
+                page.write_enclosing(memory, index, outer if outer >= 0 else None, 7.0)
+            in_time(read, kind)
         reader.close()

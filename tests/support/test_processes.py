@@ -1,18 +1,19 @@
-"""What leaks is found: in real processes."""
+"""What leaks is found, in real processes; and who has a SIGKILL counts as killed."""
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
-import sys
 
 import pytest
 
-from soak.leaks import errors_in, held_by, left_below_us
-from support.processes import is_alive
+from support.nursery import nursery
+from support.processes import Watched, errors_in, fork, held_by, is_alive, left_below_us
 from support.watchers import wait_until
 
 LEAKS = """
-import os, subprocess, sys, threading, time
+import os, sys, threading, time
 print("ready", flush=True)
 sys.stdin.readline()
 what = sys.argv[1]
@@ -34,23 +35,15 @@ sys.stdin.readline()
     ],
 )
 def test_what_a_process_leaks_is_counted(what: str, more: tuple[int, int, int]) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", LEAKS, what],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdout.readline()
-    (before,) = held_by(process.pid)
-    process.stdin.write("\n")
-    process.stdin.flush()
-    process.stdout.readline()
-    (after,) = held_by(process.pid)
-    process.communicate("\n")
+    with nursery().fork(LEAKS, what, stdin=subprocess.PIPE) as worker:
+        worker.read_line()
+        (before,) = held_by(worker.pid)
+        worker.write_line()
+        worker.read_line()
+        (after,) = held_by(worker.pid)
+        worker.write_line()
     assert tuple(b - a for a, b in zip(before, after, strict=True)) == more
-    assert held_by(process.pid) == [], "who is no more holds nothing"
+    assert held_by(worker.pid) == [], "who is no more holds nothing"
 
 
 def test_a_process_that_is_left_behind_is_found() -> None:
@@ -66,9 +59,19 @@ def test_a_process_that_is_left_behind_is_found() -> None:
 
 def test_errors_in_a_log_are_found() -> None:
     script = "import logging\ntry: 1 / 0\nexcept Exception: logging.exception('hangwatch: no')"
-    caught = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert errors_in(f"before\n{caught.stderr}after\n") == ["ZeroDivisionError: division by zero"]
+    _, caught = nursery().fork(script, stderr=subprocess.PIPE).communicate()
+    assert errors_in(f"before\n{caught}after\n") == ["ZeroDivisionError: division by zero"]
     crash = "import faulthandler\nfaulthandler.enable()\nfaulthandler._sigsegv()"
-    crashed = subprocess.run([sys.executable, "-c", crash], capture_output=True, text=True)
-    assert len(errors_in(f"before\n{crashed.stderr}after\n")) == 1
+    _, crashed = nursery().fork(crash, stderr=subprocess.PIPE).communicate()
+    assert len(errors_in(f"before\n{crashed}after\n")) == 1
     assert errors_in("hangwatch: WARNING: all is well\n") == []
+
+
+def test_who_was_killed_and_is_not_dead_yet_counts_as_killed() -> None:
+    child = Watched(fork(signal.pause))
+    assert not child.is_killed()
+    child.signal(signal.SIGKILL)
+    assert child.is_killed()
+    os.waitpid(child.pid, 0)
+    assert child.is_killed()
+    child.close()

@@ -10,20 +10,37 @@ import importlib
 import multiprocessing.util
 import os
 import random
+import select
 import sys
 import threading
 import time
 from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
-from stress.storm_board import Forker, Order, Phase, Survivor, fork
+from support.history import own_log
+from support.processes import fork
 
+HANG, END = b"h", b"e"
 HANGS_AFTER = 0.3
 KINDS = ("tight", "paced", "nested", "threads", "overruns")
 WEIGHTS = (50, 20, 20, 8, 2)
-_SCOPES = ("a", "b", "c")
 # What a victim leaves behind may expire during the storm, or not.
 _LIMITS = (1.0, 30.0, 60.0)
+_SCOPES = ("a", "b", "c")
+# A survivor says so often that it gets on.
+_BEAT = 0.05
+
+
+class Phase(IntEnum):
+    """Where a victim is, and so where it died; in shared memory, since writing takes too long."""
+
+    STARTS = 0
+    CONNECTS = 1
+    ENTERS = 2
+    INSIDE = 3
+    LEAVES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +50,12 @@ class Timers:
     Attributes:
         module: the module that has `expires`.
         queue: the server's `multiprocessing` queue.
+        logs: the folder for the workers' logs.
     """
 
     module: Any
     queue: Any
+    logs: Path
 
     def configure(self) -> None:
         """Become a worker of that server."""
@@ -62,12 +81,21 @@ class Timers:
         os.waitpid(pid, 0)
 
 
-def be_a_victim(timers: Timers, forker: Forker, place: int, kind: str, seed: float) -> None:
-    """Enter and leave blocks until somebody comes and kills."""
-    dice = random.Random(seed)
-    phases, expires = forker.phases, timers.module.expires
+def be_a_victim(timers: Timers, phases: memoryview, place: int, kind: str, seed: float) -> None:
+    """Enter and leave blocks until somebody comes and kills.
+
+    Args:
+        timers: what it uses.
+        phases: the shared memory for the victims' phases.
+        place: the byte of this victim.
+        kind: one of `KINDS`.
+        seed: of what it does.
+    """
+    dice, expires = random.Random(seed), timers.module.expires
+    log = own_log(timers.logs)
+    log.write("passing", scope="a block", limit=min(_LIMITS))
     timers.configure()
-    phases[place] = Phase.FIRST
+    phases[place] = Phase.CONNECTS
 
     def one_block(pause: float) -> None:
         with expires(dice.choice(_LIMITS), dice.choice(_SCOPES)):
@@ -84,8 +112,10 @@ def be_a_victim(timers: Timers, forker: Forker, place: int, kind: str, seed: flo
     if kind == "overruns":
         for _ in range(dice.randrange(20)):
             one_block(0.0)
-        with expires(dice.random() / 100, "overrun"):
-            time.sleep(600)
+        limit = dice.random() / 100
+        log.write("entering", block=1, scope="overrun", limit=limit)
+        with expires(limit, "overrun"):
+            time.sleep(1000)
     if kind == "threads":
         threading.Thread(target=loop, daemon=True).start()
     if kind == "nested":
@@ -95,26 +125,35 @@ def be_a_victim(timers: Timers, forker: Forker, place: int, kind: str, seed: flo
     loop()
 
 
-def survive(timers: Timers, me: Survivor, seed: float) -> None:
-    """Enter and leave blocks, and show it, until told to hang, or to end."""
-    dice = random.Random(seed)
-    expires = timers.module.expires
+def survive(timers: Timers, path: Path, orders: int, seed: float) -> None:
+    """Enter and leave blocks, and log it, until told to hang or to end.
+
+    Args:
+        timers: what it uses.
+        path: of its log.
+        orders: the pipe from which the order comes: `HANG` or `END`.
+        seed: of what it does.
+    """
+    dice, expires, log = random.Random(seed), timers.module.expires, own_log(path)
     timers.configure()
-    while me.order == Order.GO_ON:
-        with expires(dice.choice((30, 60)), dice.choice(_SCOPES)):
-            me.gets_on()
+    blocks, beat = 0, time.monotonic()
+    while not select.select([orders], [], [], 0.001)[0]:
+        with expires(dice.choice((60, 90)), dice.choice(_SCOPES)):
             if dice.random() < 0.3:
                 with expires(60, dice.choice(_SCOPES)):
-                    me.gets_on()
-        me.blocks += 1
-        me.gets_on()
-        time.sleep(0.001)
-    if me.order == Order.END:
+                    blocks += 1
+        blocks += 1
+        if time.monotonic() > beat + _BEAT:
+            log.write("quick", count=blocks)
+            blocks, beat = 0, time.monotonic()
+    if os.read(orders, 1) == END:
         # As a process of multiprocessing ends: a queue's thread is waited for.
         multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+        log.write("end")
         return
     around = expires(60, "around") if dice.random() < 0.5 else contextlib.nullcontext()
     with around:
-        me.deadline = time.monotonic() + HANGS_AFTER
+        log.write("entering", block=1, scope="hangs", limit=HANGS_AFTER)
         with expires(HANGS_AFTER, "hangs"):
-            time.sleep(600)
+            log.write("entered", block=1, watched=True)
+            time.sleep(1000)

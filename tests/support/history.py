@@ -1,7 +1,8 @@
-"""What happened in a soak: every process's own log, and what the driver saw.
+"""What happened in a test of many processes: the log of each, and what is read from the logs.
 
 A process writes a record before it does something and another one after, each by one write
-at once, so that a SIGKILL loses nothing that was done. All times are CLOCK_MONOTONIC.
+at once, so that a SIGKILL loses nothing that was done. All times are CLOCK_MONOTONIC. The soak,
+the kill storm and the conformance scenarios all write such records.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Set
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import inf
+from pathlib import Path
 from time import monotonic
 
 STOPPED_FOR = 1.5
 """For at most so long the injector stops a worker."""
+FULL_FOR = 2.0
+"""For so long it fills the disk."""
 
 
 @dataclass(slots=True)
@@ -28,10 +31,12 @@ class Record:
         do: ``start`` and ``end`` of a program, and a ``problem`` that it found; ``executing``:
             another one takes its place now; ``forked``, and ``waited`` for; ``entering`` and
             ``entered``, ``leaving`` and ``left``, ``renewing`` and ``renewed``, ``cancelled`` of a
-            block; ``raised`` in one; ``quick``: many blocks that came and went.
+            block; ``raised`` in one; ``quick``: many blocks that came and went;
+            ``passing``: from now on many do, and a kill may find any of them; ``stood still``:
+            the machine did, for `value` seconds. A scenario has words of its own.
         block: number of the block in its process.
         scope: its name; of a ``problem``, what it is.
-        limit: in seconds; of a renewal, the new one.
+        limit: in seconds; of a renewal, the new one; of ``passing``, the shortest.
         on_expiry: what it asks for; None: the server's choice.
         grace: seconds that it asks for between the first step to end it and SIGKILL.
         patience: seconds that may pass by that, each of two steps having it.
@@ -40,7 +45,8 @@ class Record:
         count: of ``quick``: how many blocks.
         pid, child: of ``start``, and whether another worker forked it; of ``forked``: a child
             that is a worker; of ``spawned``: one that is none.
-        status: of ``waited``: how the child `pid` ended.
+        status, by_us: of ``waited``: how the child `pid` ended, and whether its parent killed it.
+        value: a number that goes with the record.
     """
 
     at: float
@@ -57,22 +63,19 @@ class Record:
     pid: int = 0
     child: bool = False
     status: int = 0
+    by_us: bool = False
+    value: float = 0.0
 
 
 class Log:
-    """The log of this process.
+    """Where processes write records: a file, or a pipe.
 
     Args:
-        folder: where the logs of all processes are.
-        child: whether another worker forked this process.
+        descriptor: its writing end.
     """
 
-    def __init__(self, folder: str, child: bool = False) -> None:
-        self.folder = folder
-        name = f"{folder}/{os.getpid()}-{monotonic():.6f}.log"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        self._file = os.open(name, flags, 0o600)
-        self.write("start", pid=os.getpid(), child=child)
+    def __init__(self, descriptor: int) -> None:
+        self._file = descriptor
 
     def write(self, do: str, **fields: object) -> None:
         """Write a record."""
@@ -80,8 +83,22 @@ class Log:
         os.write(self._file, line.encode())
 
     def close(self) -> None:
-        """Close the file, as a fork must that has a log of its own."""
+        """Close it, as a fork must that has a log of its own."""
         os.close(self._file)
+
+
+def own_log(path: str | Path, child: bool = False) -> Log:
+    """Begin the log of this process.
+
+    Args:
+        path: its file; of a folder, a new file in it.
+        child: whether another worker forked this process.
+    """
+    if os.path.isdir(path):
+        path = f"{path}/{os.getpid()}-{monotonic():.6f}.log"
+    log = Log(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600))
+    log.write("start", pid=os.getpid(), child=child)
+    return log
 
 
 @dataclass(slots=True)
@@ -145,12 +162,31 @@ class Death:
         after: at the look before, it lived still.
         at: it was seen.
         status: how it ended, negative by a signal.
+        by_us: whether the driver killed it.
+        phase: what it was doing, as far as that is known.
     """
 
     after: float
     at: float
     pid: int
     status: int
+    by_us: bool = False
+    phase: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What the driver inflicted, or what befell the watcher or the machine, and its cost.
+
+    Attributes:
+        at: when it began.
+        costs: for so many seconds processes ran slowly or not at all: all of them, or `pid`.
+    """
+
+    at: float
+    kind: str
+    costs: float
+    pid: int = 0
 
 
 @dataclass(slots=True)
@@ -165,11 +201,14 @@ class Life:
         lived: until when at least it had not ended, as far as anybody looked.
         executing: when it was about to become another program.
         status: how it ended, negative by a signal; None: by an exec, or unknown.
-        by_us: whether the driver's injector killed it.
+        by_us: whether the driver killed it.
+        last: when its last record was written.
+        silent: the longest time between two records: from, until.
         quick: how many blocks came and went that are not in `blocks`.
         watched: whether it ever was connected.
         finished: whether it came to its own end.
         problems: what it complained of.
+        faults: when it noticed that the machine stood still.
         waited: children that it saw ending.
         forked: children that are workers.
         spawned: children that are none.
@@ -183,10 +222,13 @@ class Life:
     executing: float = inf
     status: int | None = None
     by_us: bool = False
+    last: float = 0.0
+    silent: tuple[float, float] = (0.0, 0.0)
     quick: int = 0
     watched: bool = False
     finished: bool = False
     problems: list[str] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
     waited: list[Death] = field(default_factory=list)
     forked: list[int] = field(default_factory=list)
     spawned: list[int] = field(default_factory=list)
@@ -211,21 +253,6 @@ class Life:
             block.earliest = inf
         if suspended:
             block.no_longer_surely(min(pause.entering for pause in suspended))
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """Something that the injector did, or that befell the watcher, and what it may cost.
-
-    Attributes:
-        at: when it began.
-        costs: for so many seconds processes ran slowly or not at all: all of them, or `pid`.
-    """
-
-    at: float
-    kind: str
-    costs: float
-    pid: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +294,7 @@ def life_of(lines: list[str]) -> Life | None:
         if line.endswith("\n"):
             record = Record(**json.loads(line))
             if life is None:
-                life = Life(record.pid, record.at, record.child)
+                life = Life(record.pid, record.at, record.child, last=record.at)
             else:
                 _take(life, record)
     if life is not None:
@@ -277,6 +304,8 @@ def life_of(lines: list[str]) -> Life | None:
 
 def _take(life: Life, record: Record) -> None:
     now = record.at
+    life.silent = max(life.silent, (life.last, now), key=lambda silent: silent[1] - silent[0])
+    life.last = now
     life.watched |= record.watched
     if record.do == "entering":
         life.blocks[record.block] = Block(
@@ -291,6 +320,13 @@ def _take(life: Life, record: Record) -> None:
         )
     elif record.do == "quick":
         life.quick += record.count
+    elif record.do == "passing":
+        # Any of them may be overdue from then on, and none is for sure.
+        passing = Block(record.scope, record.limit, None, 0.0, 0.0, False, entering=now)
+        passing.perhaps.append((now + record.limit, inf))
+        life.blocks[record.block] = passing
+    elif record.do == "stood still":
+        life.faults.append(Fault(now - record.value, "machine stood still", record.value))
     elif record.do == "end":
         life.finished = True
     elif record.do == "spawned":
@@ -299,7 +335,8 @@ def _take(life: Life, record: Record) -> None:
         life.forked.append(record.pid)
     elif record.do == "waited":
         # It may have been stopped meanwhile.
-        life.waited.append(Death(now - STOPPED_FOR, now, record.pid, record.status))
+        after, how = now - STOPPED_FOR, (record.status, record.by_us, record.scope)
+        life.waited.append(Death(after, now, record.pid, *how))
     elif record.do == "executing":
         life.executing = now
     elif record.do == "problem":
@@ -345,14 +382,23 @@ def _give_back(life: Life, pause: Block) -> None:
             block.earliest += max(0.0, pause.begun - max(pause.entered, block.entered))
 
 
-def bury(lives: list[Life], deaths: list[Death], by_us: Set[int]) -> None:
+def read_logs(folder: Path) -> list[Life]:
+    """Read all logs of a folder."""
+    lives = (life_of(path.read_text().splitlines(True)) for path in folder.glob("*.log"))
+    return [life for life in lives if life is not None]
+
+
+def bury(lives: list[Life], deaths: list[Death]) -> list[Death]:
     """Find each life's end: among the deaths that the driver saw, or a worker who forked it.
 
     Args:
         lives: all of them.
         deaths: what the driver saw.
-        by_us: whom the injector killed.
+
+    Returns:
+        The deaths of processes that left no log.
     """
+    without_a_log = []
     by_pid: defaultdict[int, list[Life]] = defaultdict(list)
     for life in sorted(lives, key=lambda life: life.started):
         by_pid[life.pid].append(life)
@@ -367,6 +413,9 @@ def bury(lives: list[Life], deaths: list[Death], by_us: Set[int]) -> None:
         if before:
             last = before[-1]
             last.lived, last.ended = max(death.after, last.started), death.at
-            last.status, last.by_us = death.status, death.pid in by_us
+            last.status, last.by_us = death.status, death.by_us
+        elif not by_pid[death.pid]:
+            without_a_log.append(death)
     for life in lives:
         life.close()
+    return without_a_log

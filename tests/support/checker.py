@@ -5,19 +5,16 @@ from __future__ import annotations
 import signal
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import inf
 from statistics import median, quantiles
 
-from soak.faults import FULL_FOR
-from soak.history import Block, History, Life, Statement
+from support.history import FULL_FOR, Block, History, Life, Statement
 
 _GENTLE = (-signal.SIGKILL, -signal.SIGTERM)
 # Between the watcher's last look and its signal: who leaves an overdue block just then is not
 # saved. It is added to the time in which the machine kept everybody from running.
 _RACE = 0.1
-WITHIN = 15.0
-"""Seconds from a deadline to the end of the matter: evidence takes 2 s, 4 s in a crowd, and
-may be gathered again by each watcher that follows one that died or was stopped meanwhile."""
 # Within so many seconds it mostly does, although a watcher is lost every 1.5 s.
 _USUALLY_WITHIN = 1.0
 _ENOUGH = 20
@@ -27,15 +24,37 @@ _WITH_PARENT = 2.0
 _MOST_UNWATCHED = 0.2
 
 
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What differs from one kind of history to the next.
+
+    Attributes:
+        within: seconds from a deadline to the end of the matter. Evidence takes 2 s, 4 s in a
+            crowd, and may be gathered again by each watcher that follows one that died or was
+            stopped meanwhile.
+        silent_for: seconds that a process may write no record, unless it hangs in a block.
+        words: whether the history has all that the watcher said.
+    """
+
+    within: float = 15.0
+    silent_for: float = inf
+    words: bool = True
+
+
+SOAK = Rules()
+
+
 class Checker:
     """Judges one history.
 
     Args:
         history: what happened.
+        rules: by what it is judged.
     """
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, history: History, rules: Rules = SOAK) -> None:
         self._history = history
+        self._rules = rules
         self._faults = sorted(history.faults, key=lambda fault: fault.at)
         self._lives: defaultdict[int, list[Life]] = defaultdict(list)
         for life in history.lives:
@@ -52,6 +71,7 @@ class Checker:
             found += [f"process {life.pid}: {problem}" for problem in life.problems]
             found += self._death(life)
             found += self._raised(life)
+            found += self._stood_still(life)
             for block in life.blocks.values():
                 found += self._overrun(life, block)
                 found += self._repeated(life, block)
@@ -99,7 +119,7 @@ class Checker:
 
     def _bound(self, since: float, patience: float) -> float:
         """Return the seconds after which what is overdue must have been dealt with."""
-        bound = WITHIN + patience
+        bound = self._rules.within + patience
         return bound + self._costs(since, since + bound)
 
     def _happened(self, kind: str, since: float, until: float) -> bool:
@@ -141,6 +161,8 @@ class Checker:
 
     def _unexplained(self, life: Life, overdue: list[Block]) -> list[str]:
         """Every kill has its report; on a full disk, an event or a record in the log."""
+        if not self._rules.words:
+            return []
         since = min(block.first_overdue() for block in overdue)
         scopes = {block.scope for block in overdue}
         said = [
@@ -148,7 +170,7 @@ class Checker:
             for statement in self._said[life.pid]
             if statement.scope in scopes and statement.outcome in ("reaped", "unkillable")
             # What was heard before the next life of that number began.
-            if since - _RACE <= statement.at <= life.ended + WITHIN
+            if since - _RACE <= statement.at <= life.ended + self._rules.within
         ]
         full = self._happened("full disk", since - 2 * FULL_FOR, life.ended + 2 * FULL_FOR)
         if not said and not (full and any((life.pid, s) in self._history.logged for s in scopes)):
@@ -174,6 +196,18 @@ class Checker:
             for parent in self._history.lives
             if life.pid in parent.forked
         )
+
+    def _stood_still(self, life: Life) -> list[str]:
+        """Nobody is kept waiting by another one's death."""
+        silences = [life.silent]
+        hangs = any(block.entered < inf == block.ended for block in life.blocks.values())
+        if life.ended < inf and not hangs:
+            silences.append((life.last, min(life.ended, life.executing)))
+        return [
+            f"process {life.pid} stood still for {until - since:.1f} s"
+            for since, until in silences
+            if until - since > self._rules.silent_for + self._costs(since, until)
+        ]
 
     # -- blocks
 
@@ -203,8 +237,9 @@ class Checker:
             if done - since > bound:
                 how = "never" if done == inf else f"{done - since:.1f} s late"
                 return [f"{who} was ended {how}, bound {bound:.1f} s"]
-            tellable = _TOLD_WITHIN + bound - WITHIN
-            if until - since > tellable and told == inf and not life.by_us:
+            tellable = _TOLD_WITHIN + bound - self._rules.within
+            silent = told == inf and self._rules.words
+            if until - since > tellable and silent and not life.by_us:
                 return [f"{who} was overdue for {until - since:.1f} s, and never told of"]
             if self.killed(life) and until == life.ended:
                 self.lateness.append(life.ended - since - block.patience)
@@ -236,7 +271,9 @@ class Checker:
         ]
         if not meant:
             return [f"{what} belongs to no expiry"]
-        if statement.outcome == "reaped" and all(life.lived > statement.at for life in meant):
+        # Who waits for a child sees its end late if it is kept from running.
+        lived = min(life.lived - self._costs(statement.at, life.lived, life.pid) for life in meant)
+        if statement.outcome == "reaped" and lived > statement.at:
             return [f"{what}, which lived on"]
         return []
 
