@@ -242,7 +242,7 @@ class Stage:
         if worker is None:
             return False
         self.request(worker.pid, "step", -1)
-        return worker.death_within(3 * self.window) is not None
+        return worker.death_within(self.window) is not None
 
     def wait_until(self, condition: Callable[[], bool]) -> bool:
         """Wait until something is so; return False if it isn't within the window."""

@@ -268,9 +268,11 @@ def test_a_worker_that_renews_or_cancels_in_time_lives(watcher: RunningWatcher) 
     worker = watcher.connected_worker(
         """
 import threading, time, hangwatch
+renewed = hangwatch.expires(1000, "renewed").__enter__()
+cancelled = hangwatch.expires(1000, "cancelled").__enter__()
 with hangwatch.paused("nobody is due yet", 1000):
-    renewed = hangwatch.expires(0.1, "renewed").__enter__()
-    cancelled = hangwatch.expires(0.1, "cancelled").__enter__()
+    renewed.renew(0.1)
+    cancelled.renew(0.1)
     heart = threading.Thread(target=renewed.renew, args=[1000])
     heart.start()
     heart.join()

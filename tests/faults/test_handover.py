@@ -61,7 +61,13 @@ print(len(gaps), min(gaps, default=99), flush=True)
 
 
 class Mortal(RunningWatcher):
-    """A watcher whose process is killed again and again, while its keeper lives on."""
+    """A watcher whose process is killed again and again, while its keeper lives on.
+
+    Attributes:
+        empty: how many files its keeper has open while no worker is connected.
+    """
+
+    empty: int
 
     def log(self) -> str:
         return (self.report_dir.parent / "log").read_text()
@@ -83,13 +89,19 @@ def one_mortal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mortal]:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
             os.dup2(stderr, 2)
             os.close(stderr)
-    yield Mortal(server, folder / "reports")
+    mortal = Mortal(server, folder / "reports")
+    mortal.empty = open_files(mortal.keeper_pid)
+    yield mortal
     server.stop()
 
 
 @pytest.fixture
 def mortal(one_mortal: Mortal) -> Iterator[Mortal]:
     """Share it among tests, each of which leaves it working; none has it raise an exception."""
+    wait_until_idle(one_mortal)
+    wait_until(
+        lambda: open_files(one_mortal.keeper_pid) == one_mortal.empty, "earlier workers are gone"
+    )
     before = len(one_mortal.log())
     yield one_mortal
     assert "Traceback" not in one_mortal.log()[before:]

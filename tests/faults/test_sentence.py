@@ -13,7 +13,7 @@ import pytest
 
 from hangwatch import failpoints
 from support.nursery import LIMIT, Worker
-from support.processes import comm, is_alive, open_files
+from support.processes import Watched, comm, is_alive, open_files
 from support.raw_worker import connect, refusal
 from support.watchers import RunningWatcher, StartWatcher, wait_until, watcher_below
 
@@ -77,6 +77,15 @@ def no_successor(watcher: RunningWatcher) -> Iterator[None]:
     finally:
         os.kill(keeper, signal.SIGCONT)
     wait_until(lambda: watcher_below(keeper) not in (None, pid), "its successor")
+
+
+def is_spared(pid: int) -> bool:
+    """Tell whether a process lives, with no SIGKILL on its way to it."""
+    process = Watched(pid)
+    try:
+        return not process.is_killed()
+    finally:
+        process.close()
 
 
 def all_reports(watcher: RunningWatcher) -> list[int]:
@@ -162,7 +171,7 @@ def test_who_recovered_keeps_its_descendants_when_it_ends_later(
         worker.write_line()
         assert worker.wait() == 7
         wait_until(lambda: open_files(watcher.keeper_pid) <= before, "it is let go of")
-        assert is_alive(child), "nothing was overdue any more"
+        assert is_spared(child), "nothing was overdue any more"
     finally:
         os.kill(child, signal.SIGKILL)
     worker.communicate()
@@ -192,7 +201,7 @@ def test_who_recovered_keeps_them_also_if_it_ends_while_that_is_reported(
         os.kill(reporter, signal.SIGCONT)
         assert watcher.report(pid=worker.pid)["outcome"] == "recovered"
         assert all_reports(watcher) == [worker.pid]
-        assert is_alive(child), "nothing was overdue any more"
+        assert is_spared(child), "nothing was overdue any more"
     finally:
         os.kill(child, signal.SIGKILL)
     worker.communicate()
@@ -232,8 +241,8 @@ def test_a_descendant_that_became_a_worker_keeps_its_own(watcher: RunningWatcher
         assert worker.wait() == 7
         wait_until(lambda: not is_alive(beside), "who is no worker's dies")
         watcher.report(pid=worker.pid)
-        assert is_alive(child)
-        assert is_alive(below)
+        assert is_spared(child)
+        assert is_spared(below)
     finally:
         os.kill(child, signal.SIGKILL)
         os.kill(below, signal.SIGKILL)

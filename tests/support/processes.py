@@ -135,8 +135,6 @@ def fork(body: Callable[[], None], outlives_us: bool = False) -> int:
             linux.die_with(parent)
         body()
         status = 0
-    except SystemExit:
-        status = 0
     except BaseException:
         traceback.print_exc()
     finally:

@@ -94,7 +94,7 @@ class RunningWatcher:
 
     def reports(self, **wanted: object) -> list[dict[str, Any]]:
         """Return every report so far whose worker or scope fields are `wanted`, oldest first."""
-        # The pid stands at the end of the folder's name: of a shared watcher there may be many others.
+        # The folder's name tells the pid: a shared watcher has many other reports.
         paths = sorted(self.report_dir.glob(f"[!.]*-{wanted.get('pid', '')}*/report.json"))
         reports = [json.loads(path.read_text()) for path in paths]
         return [
