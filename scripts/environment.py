@@ -38,7 +38,9 @@ def create(folder: Path) -> None:
         if "ensurepip is not available" in made:
             made = "it has no ensurepip: install it (Debian: apt-get install python3-venv)"
         made = _last_error(made)
-        raise EnvironmentFailedError(f"{sys.executable} can't make the environment {folder}: {made}")
+        raise EnvironmentFailedError(
+            f"{sys.executable} can't make the environment {folder}: {made}"
+        )
 
 
 def install(folder: Path, requirements: list[str]) -> None:
@@ -84,7 +86,9 @@ def progress(what: str) -> Iterator[None]:
     try:
         yield
         over.set()
-        print(f"\r{what}: done in {time.monotonic() - began:.0f} s" if live else " done", flush=True)
+        print(
+            f"\r{what}: done in {time.monotonic() - began:.0f} s" if live else " done", flush=True
+        )
     except BaseException:
         over.set()
         print(flush=True)
@@ -97,7 +101,7 @@ def main(folder: Path, requirements: list[str]) -> int:
         with progress(f"setting up {folder.name} (Python {sys.version.split()[0]})"):
             create(folder)
             install(folder, requirements)
-    except (EnvironmentFailedError, OSError) as error:
+    except (EnvironmentFailedError, OSError):
         full = next((path for path in _written_to(folder) if _is_full(path)), None)
         if full is not None:
             error = OSError(f"the disk of {full} is full: free about 200 MB and try again")
@@ -114,7 +118,7 @@ def _written_to(folder: Path) -> list[Path]:
 def _is_full(path: Path) -> bool:
     with contextlib.suppress(OSError):
         usage = shutil.disk_usage(path)
-        return 0 < usage.total and usage.free < _ROOM
+        return usage.total > 0 and usage.free < _ROOM
     return False
 
 

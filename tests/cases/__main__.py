@@ -48,7 +48,7 @@ def base_prefix(version: str) -> Path | None:
     for name in names:
         try:
             result = subprocess.run(
-                [name, "-c", "import sys; print(sys.base_prefix)"],
+                [str(name), "-c", "import sys; print(sys.base_prefix)"],
                 capture_output=True,
                 text=True,
                 check=False,
@@ -75,7 +75,7 @@ def prepare(version: str, prefix: Path, folder: Path) -> Interpreter:
         [copy / "bin" / f"python{version}", "-m", "venv", environment],
         [interpreter.python, "-m", *install, PROJECT, *NEEDED],
     ):
-        subprocess.run(command, env=settings, check=True)
+        subprocess.run(list(map(str, command)), env=settings, check=True)
     return interpreter
 
 
@@ -102,7 +102,7 @@ def run(cases: Path, pattern: str, jobs: int, chosen: list[str]) -> int:
             if one.version not in chosen:
                 continue
             print(f"\nPython {one.version}", flush=True)
-            command = [one.python, cases / "run-cases", "-j", str(jobs), pattern]
+            command = [str(one.python), str(cases / "run-cases"), "-j", str(jobs), pattern]
             with subprocess.Popen(
                 command, env=settings, cwd=folder, stdout=subprocess.PIPE, text=True
             ) as running:

@@ -42,7 +42,8 @@ def test_an_environment_without_network_says_so_in_one_line(tmp_path: Path) -> N
     if alone is None:
         pytest.skip("no pid namespaces: neither root nor user namespaces")
     folder = tmp_path / "environment"
-    command = [*alone, "--net", sys.executable, ROOT / "scripts/environment.py", folder]
+    program = ROOT / "scripts/environment.py"
+    command = [*alone, "--net", sys.executable, str(program), str(folder)]
     # Nothing that pip may have kept, or been told, is of use.
     nothing = {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_NO_CACHE_DIR": "1"}
     result = run(*command, "click", **nothing)

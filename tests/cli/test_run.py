@@ -370,6 +370,7 @@ def test_ctrl_z_stops_the_job_pauses_watching_and_fg_goes_on(
     terminal.see("Stopped")
     status = Path(f"/proc/{launcher}/status")
     wait_until(lambda: "\nState:\tT" in status.read_text(), "its launcher is stopped, too")
+    reports = tmp_path / "hangwatch-reports"
     # Another worker of its watcher is not stopped, and overruns its block.
     with nursery().fork(OVERRUNS, env={**os.environ, "HANGWATCH_ADDRESS": address}) as worker:
         assert worker.stdout is not None
@@ -378,11 +379,11 @@ def test_ctrl_z_stops_the_job_pauses_watching_and_fg_goes_on(
         went_on = time.monotonic()
         terminal.type("fg\n")
         assert worker.wait() == -signal.SIGKILL
-    reports = tmp_path / "hangwatch-reports"
     wait_until(lambda: list(reports.glob("[!.]*/report.json")), "the report")
     (path,) = reports.glob("[!.]*/report.json")
-    inside = json.loads(path.read_text())["scope"]["inside_s"]
-    assert inside > went_on - entered, "no verdict while the job is stopped"
+    report = json.loads(path.read_text())
+    killed = report["scope"]["inside_s"] + report["actions"][0]["at_s"]
+    assert killed > went_on - entered, "nobody is ended while the job is stopped"
     terminal.type("soon\n")
     terminal.see("line=soon")
     terminal.see("status=", 2)

@@ -11,17 +11,17 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from support.nursery import LIMIT
 from support.raw_worker import answer, hello, memfd
 from support.watchers import wait_until, watcher_below
 
 UNITS = Path(__file__).parents[2] / "contrib" / "systemd"
-HANG = "import time, hangwatch\nwith hangwatch.expires(0.3, 'stuck'): time.sleep(1000)"
+HANG = "import time, hangwatch\nwith hangwatch.expires(0.2, 'stuck'): time.sleep(1000)"
 
 
 def tool(name: str) -> str:
@@ -57,7 +57,7 @@ def test_socket_activation(folder: Path) -> None:
             [sys.executable, "-c", HANG],
             env={**os.environ, "HANGWATCH_ADDRESS": address},
             check=False,
-            timeout=30,
+            timeout=LIMIT,
         )
         assert worker.returncode == -9
         first = watcher_below(service.pid)
@@ -67,7 +67,7 @@ def test_socket_activation(folder: Path) -> None:
         assert answer(address, hello(), [memfd()]) is None
     finally:
         service.terminate()
-        _, err = service.communicate(timeout=30)
+        _, err = service.communicate(timeout=LIMIT)
     assert service.returncode == 0, err
     assert "overran 'stuck'" in err
     assert Path(address).exists(), "a socket that was passed is not ours to remove"
@@ -86,7 +86,7 @@ def test_a_passed_socket_of_another_kind_is_refused(folder: Path) -> None:
     wait_until(Path(address).exists, "systemd listens")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream:
         stream.connect(address)
-        _, err = service.communicate(timeout=30)
+        _, err = service.communicate(timeout=LIMIT)
     assert service.returncode == 1
     assert "ListenSequentialPacket=" in err
 
@@ -98,7 +98,7 @@ def test_the_service_manager_is_told_by_the_main_process_and_hears_of_a_dead_wat
     notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     notify.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     notify.bind(str(folder / "notify"))
-    notify.settimeout(30)
+    notify.settimeout(LIMIT)
     service = subprocess.Popen(
         [sys.executable, "-m", "hangwatch", "serve", "--address", str(folder / "s")],
         env={**os.environ, "NOTIFY_SOCKET": str(folder / "notify"), "WATCHDOG_USEC": "800000"},
@@ -119,22 +119,18 @@ def test_the_service_manager_is_told_by_the_main_process_and_hears_of_a_dead_wat
         watcher = watcher_below(service.pid)
         assert watcher is not None
         os.kill(watcher, signal.SIGSTOP)
-        time.sleep(0.4)
-        notify.setblocking(False)
+        told_without = 0
         while True:
-            try:
-                hear()
-            except BlockingIOError:
+            heard = hear()
+            if watcher_below(service.pid) not in (None, watcher):
                 break
-        notify.settimeout(0.25)
-        with pytest.raises(TimeoutError):
-            hear()
-        notify.settimeout(30)
-        assert "WATCHDOG=1" in hear()
-        assert watcher_below(service.pid) not in (None, watcher), "it is its successor's"
+            told_without += "WATCHDOG=1" in heard
+        assert told_without <= 1, "one may have been due to what it did before it was stopped"
+        while "WATCHDOG=1" not in heard:
+            heard = hear()
     finally:
         service.terminate()
-        service.wait(30)
+        service.wait(LIMIT)
     while "STOPPING=1" not in hear():
         pass
     notify.close()
@@ -194,12 +190,12 @@ def test_the_unit_s_system_call_filter_lets_it_work(folder: Path) -> None:
         [sys.executable, "-c", HANG],
         env={**os.environ, "HANGWATCH_ADDRESS": str(folder / "s")},
         check=False,
-        timeout=40,
+        timeout=LIMIT,
     )
     assert worker.returncode == -9
     wait_until(lambda: list((folder / "reports").glob("[!.]*/report.json")), "a report")
     os.kill(keeper, signal.SIGTERM)
-    service.wait(30)
+    service.wait(LIMIT)
     calls = set(re.findall(r"^\d+ +(?:<\.\.\. )?(\w+)(?:\(| resumed)", log.read_text(), re.M))
     assert {"pidfd_send_signal", "membarrier", "memfd_create"} & calls
     assert calls - allowed_calls() == set()

@@ -2,10 +2,10 @@
 
 A marker is an HTML comment in the line before a block, ``<!-- test: key=value ... -->``:
 
-    status=N         the block's exit status; negative: the signal that ends it
+    status=N,M       the block's exit status, one of these; negative: the signal that ends it
     outcomes=A,B     the outcomes of its reports, in their order; without it there may be none
     types=WORD       what is typed once there is a report
-    tries=N          it is a race: one of N tries must go as shown
+    race=WHY         it may also end in another way: killed, or before there is a verdict
     gap=S            the watcher's option, in seconds
     unrun=REASON     it is not run, and why (quoted)
 """
@@ -25,7 +25,7 @@ PAGES = sorted(
     for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").iterdir())
     if path.suffix in (".md", ".py")
 )
-KEYS = {"status", "outcomes", "types", "tries", "gap", "unrun"}
+KEYS = {"status", "outcomes", "types", "race", "gap", "unrun"}
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _MARKER = re.compile(r"<!-- test: (.*) -->\n\Z")

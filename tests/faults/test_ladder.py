@@ -413,10 +413,12 @@ ring, slow = WorkerClient.ring, False
 def ring_slowly(self):
     global slow
     ring(self)
-    if slow:  # as if another thread had the GIL meanwhile
+    if slow:  # as a handshake may be
         slow = False
         {wait}
         print(time.time(), flush=True)
+        return True
+    return False
 WorkerClient.ring = ring_slowly
 exec({CONNECT!r})
 slow = True

@@ -218,8 +218,8 @@ def asked(*_):
 child = os.fork()
 if child == 0:
     below = subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL)
-    os.write(answers[1], b".")
     print(os.getpid(), below.pid, end=" ", flush=True)
+    os.write(answers[1], b".")
     os.read(asks[0], 1)
     client = hangwatch.SharedMemoryTimerClient()
     with hangwatch.expires(after=3600, scope="healthy", client=client):

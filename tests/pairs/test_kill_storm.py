@@ -66,7 +66,7 @@ def storm(*arguments: str, path: str = "") -> subprocess.CompletedProcess[str]:
 
 @short_and_long
 def test_no_survivor_is_blocked_or_unprotected(size: Size) -> None:
-    kills = size.of("60", "600", "2000")
+    kills = size.of("40", "600", "2000")
     result = storm(kills, "--patience", str(LIMIT))
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
     assert "victims killed" in result.stdout
@@ -85,7 +85,7 @@ def test_a_client_that_breaks_its_promise_is_found_out(
     module: str, complaint: str, tmp_path: Path
 ) -> None:
     (tmp_path / "broken.py").write_text(module)
-    broken = ["--implementation", "broken", "--road", "native", "--patience", "1"]
+    broken = ["--implementation", "broken", "--road", "native", "--patience", "0.5"]
     result = storm("2000", *broken, path=str(tmp_path))
     assert result.returncode == 1, result.stdout[-3000:] + result.stderr[-2000:]
     assert complaint in result.stdout

@@ -32,11 +32,13 @@ LEGACY = "legacy"
 _VICTIMS, _SURVIVORS = 8, 4
 # Seconds from the fork to the kill: some die while they connect, most while they arm. Of those
 # that overrun, some are killed by the server before.
-_LIVES = (0.006, 0.05)
+_LIVES = (0.02, 0.08)
 _OVERRUNS = (0.05, 0.6)
 # The driver must not wait for the CPU until victims that use it up let go of it.
 _NICE = 5
 _LOOK_EVERY = 0.005
+# For so long somebody who was killed takes to die.
+_DYING = 0.0005
 _OVERSLEPT = 0.1
 # Beyond its patience, so that the checker sees that it was exceeded.
 _GIVES_UP_AFTER = HANGS_AFTER + 0.2
@@ -72,6 +74,7 @@ class _Victim:
     place: int
     kind: str
     dies_at: float
+    killed: bool = False
 
 
 @dataclass(slots=True)
@@ -124,17 +127,14 @@ class Driver:
                 next_at = self._kills + every
                 self._have_some_hang()
         self._is_over = True
-        while self._victims:
-            self._kill(self._victims.pop())
-        while self._is_waiting():
+        for victim in self._victims:
+            victim.dies_at = 0.0
+        while self._victims or self._is_waiting():
             self._look()
         for number, survivor in enumerate(self._survivors):
             self._tell(survivor, HANG if number % 2 else END)
         while self._is_waiting():
             self._look()
-        for survivor in self._survivors:  # whom a storm that was ended has left
-            os.kill(survivor.pid, signal.SIGKILL)
-            self._note_death(*os.waitpid(survivor.pid, 0), by_us=True)
         self._log.write("end")
 
     # -- victims
@@ -153,17 +153,22 @@ class Driver:
             pid = fork(victim)
             self._victims.append(_Victim(pid, place, kind, time.monotonic() + lives))
 
-    def _kill(self, victim: _Victim) -> None:
-        """Kill a victim that is our child, and so can't be anybody else by now."""
+    def _look_at_victim(self, victim: _Victim) -> None:
+        """Kill a victim whose time it is; note its death, whoever has killed it.
+
+        It is our child, and so can't be anybody else by now. Nobody waits for its end, which may
+        take until it gets the CPU: meanwhile others would live for too long.
+        """
         dead, status = os.waitpid(victim.pid, os.WNOHANG)
-        if not dead:
+        if not dead and not victim.killed:
             os.kill(victim.pid, signal.SIGKILL)
-            _, status = os.waitpid(victim.pid, 0)
-            self._kills += 1
-        elif victim.kind != "overruns":
-            self._stop = True
-        phase = "" if self._is_over else Phase(self._phases[victim.place]).name
-        self._note_death(victim.pid, status, phase, not dead)
+            victim.killed = True
+        elif dead:
+            self._victims.remove(victim)
+            self._kills += victim.killed
+            self._stop |= not victim.killed and victim.kind != "overruns"
+            phase = "" if self._is_over else Phase(self._phases[victim.place]).name
+            self._note_death(victim.pid, status, phase, victim.killed)
 
     def _note_death(self, pid: int, status: int, phase: str = "", by_us: bool = False) -> None:
         code = os.waitstatus_to_exitcode(status)
@@ -192,17 +197,19 @@ class Driver:
 
     def _is_waiting(self) -> bool:
         """Tell whether any survivor that was told to hang, or to end, lives still."""
-        return not self._stop and any(survivor.told for survivor in self._survivors)
+        return any(survivor.told for survivor in self._survivors)
 
     # -- everybody
 
     def _look(self) -> None:
         """Sleep a moment; kill the victims whose time it is; see who of the survivors is dead."""
-        until = min([self._look_at, *(victim.dies_at for victim in self._victims)])
-        self._sleep(max(0.0, until - time.monotonic()))
-        for victim in [one for one in self._victims if one.dies_at <= time.monotonic()]:
-            self._victims.remove(victim)
-            self._kill(victim)
+        now = time.monotonic()
+        due = min((each.dies_at for each in self._victims if not each.killed), default=now + 1)
+        dying = any(each.killed for each in self._victims)
+        self._sleep(max(0.0, min(due, self._look_at, now + (_DYING if dying else 1)) - now))
+        for victim in list(self._victims):
+            if victim.killed or victim.dies_at <= time.monotonic():
+                self._look_at_victim(victim)
         if time.monotonic() < self._look_at:
             return
         self._look_at = time.monotonic() + _LOOK_EVERY

@@ -18,8 +18,8 @@ from hangwatch.worker.client import ADDRESS_VARIABLE, WorkerClient
 class QuietClient(WorkerClient):
     """A client that never connects; its page promises a look in the far future."""
 
-    def ring(self) -> None:
-        pass
+    def ring(self) -> bool:
+        return False
 
     def reader(self) -> PageReader:
         """Return this process's page as the watcher reads it."""

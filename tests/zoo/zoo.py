@@ -64,8 +64,9 @@ def meet(animal: Animal, watcher: RunningWatcher) -> dict[str, Any]:
     """Run a program until its hang was ended; check the report, and return it."""
     label = os.urandom(8).hex()
     environment = watcher.environment(TORCHELASTIC_RUN_ID=label)
-    program = watcher.interpreter(
-        PROGRAMS / f"{animal.name}.py", env=environment, stdout=subprocess.DEVNULL
+    path = PROGRAMS / f"{animal.name}.py"
+    program = watcher.worker(
+        path.read_text(), file=str(path), env=environment, stdout=subprocess.DEVNULL
     )
     try:
         status = program.wait(LIMIT)

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 from dataclasses import dataclass
-from time import sleep
 
 from hangwatch.evidence.model import Child, Task
 from hangwatch.process import parse_stat, read_stat

@@ -116,22 +116,29 @@ class WorkerClient:
             asked |= set(page.ON_EXPIRY) if self._forced else {None}
         return self._page.overdue_in_this_thread(now, asked)
 
-    def ring(self) -> None:
-        """Have the watcher look at this process's page, connecting first if need be."""
+    def ring(self) -> bool:
+        """Have the watcher look at this process's page, connecting first if need be.
+
+        Returns:
+            Whether it tried to connect, which takes time.
+        """
         watcher = self._socket
         if watcher is None:
             problem = self.try_to_connect()
             if problem is not None:
                 self._warn_once("connect", str(problem))
-        elif not watcher.ring():
-            self._socket = None
-            self._try_at = monotonic() + _TRY_AGAIN_AFTER
-            self._warned.discard("connect")
-            watcher.close()
-            self._expect_nobody()
-            self._on_lost()
-            if not self.is_connected:
-                self._warn_once("lost", "the watcher is gone")
+            return True
+        if watcher.ring():
+            return False
+        self._socket = None
+        self._try_at = monotonic() + _TRY_AGAIN_AFTER
+        self._warned.discard("connect")
+        watcher.close()
+        self._expect_nobody()
+        self._on_lost()
+        if not self.is_connected:
+            self._warn_once("lost", "the watcher is gone")
+        return True
 
     def _expect_nobody(self) -> None:
         """Keep no thread quiet by what a watcher promised that we don't have, or not any more."""

@@ -147,12 +147,12 @@ class Expiration(Handle):
             words[slot.deadline_at] = deadline = now + slot.limit
             if now < words[WATCH_UNTIL] <= deadline:
                 return self
-            slot.ring()
-            # It may have been a handshake: the block's time begins now.
-            words[slot.deadline_at] = monotonic() + slot.limit
-            if monotonic() >= deadline:
-                # The first deadline may have been found overdue, and the other one not yet.
-                slot.ring()
+            if slot.ring():
+                # It was a handshake, which is not the block's time.
+                words[slot.deadline_at] = monotonic() + slot.limit
+                if monotonic() >= deadline:
+                    # The first deadline may have been found overdue, and the other one not yet.
+                    slot.ring()
         except BaseException:
             words[slot.deadline_at] = 0.0
             raise

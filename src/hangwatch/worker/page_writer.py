@@ -64,7 +64,8 @@ class PageWriter:
     """The page of this process.
 
     Args:
-        ring: called, from any thread, when the watcher must be told of a new deadline.
+        ring: called, from any thread, when the watcher must be told of a new deadline; returns
+            whether it took the time of a handshake, too.
         on_full: called when no slot is left; that block then runs unwatched.
 
     Attributes:
@@ -76,7 +77,7 @@ class PageWriter:
         OSError: no memory or no descriptor is left for a page.
     """
 
-    def __init__(self, ring: Callable[[], None], on_full: Callable[[], None]) -> None:
+    def __init__(self, ring: Callable[[], bool], on_full: Callable[[], None]) -> None:
         self.descriptor = OwnDescriptor(page.create_memfd())
         self.memory = memoryview(mmap.mmap(self.descriptor.number, page.PAGE_BYTES))
         self.words = self.memory.cast("d")

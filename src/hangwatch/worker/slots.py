@@ -82,7 +82,8 @@ class Slot:
         entry: what the next arming will store. It is ahead of the page's from the
             moment a block chose this slot until it is armed.
         exit: disarms in one call of C code, so that nothing can interrupt it halfway.
-        ring: tells the watcher; for when its promise does not cover a deadline.
+        ring: tells the watcher; for when its promise does not cover a deadline. It returns
+            whether it took the time of a handshake, too.
         independent: whether other blocks of this scope, open in the same thread, are nothing to
             it; else one must be looked for, unless it is alone.
         enclosing: the slot of the open block around this one, of entry `enclosing_entry`.
@@ -117,7 +118,7 @@ class Slot:
         thread: ThreadSlots,
         index: int,
         memory: memoryview,
-        ring: Callable[[], None],
+        ring: Callable[[], bool],
         key: Hashable,
         after: object,
         limit: float,
@@ -176,12 +177,12 @@ class Slot:
         try:
             words[self.entry_at] = self.entry
             words[self.deadline_at] = deadline = monotonic() + self.limit
-            self.ring()
-            # It may have been a handshake: the block's time begins now.
-            words[self.deadline_at] = monotonic() + self.limit
-            if monotonic() >= deadline:
-                # The first deadline may have been found overdue, and the other one not yet.
-                self.ring()
+            if self.ring():
+                # It was a handshake, which is not the block's time.
+                words[self.deadline_at] = monotonic() + self.limit
+                if monotonic() >= deadline:
+                    # The first deadline may have been found overdue, and the other one not yet.
+                    self.ring()
         except BaseException:
             words[self.deadline_at] = 0.0
             raise
@@ -388,7 +389,7 @@ def void_slot(
     memory = memoryview(bytearray(page.HEADER_BYTES + page.SLOT_BYTES))
     memory.cast("d")[page.WATCH_UNTIL] = inf
     thread = ThreadSlots()
-    slot = thread.alone = Slot(thread, 0, memory, lambda: None, key, after, inf, scope)
+    slot = thread.alone = Slot(thread, 0, memory, lambda: False, key, after, inf, scope)
     thread.others.append(slot)
     return slot
 

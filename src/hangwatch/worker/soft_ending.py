@@ -30,6 +30,10 @@ Overdue = Callable[[float], "Iterable[Slot]"]
 _CALLERS = ("hangwatch.worker.decorated", "hangwatch.worker.iteration")
 
 
+# Python code that ours calls while it begins or ends a block.
+_CALLED = ("asyncio.tasks", "asyncio.events", "threading", "weakref")
+
+
 class _Handler:
     """The handler of this process; there is one, however many pages it has."""
 
@@ -89,6 +93,8 @@ def _depth(slot: Slot) -> int:
 
 def _is_between(frame: FrameType | None) -> bool:
     """Tell whether a block is just being entered or left, by our code or an ExitStack's."""
+    while frame is not None and frame.f_globals.get("__name__") in _CALLED:
+        frame = frame.f_back
     module = "" if frame is None else frame.f_globals.get("__name__", "")
     if module in _CALLERS:
         return False

@@ -10,7 +10,7 @@ def stuck_here() -> None:
     time.sleep(1000)
 
 
-with hangwatch.expires(after=30, scope="parent"):
+with hangwatch.expires(after=600, scope="parent"):
     child = os.fork()
     if child == 0:
         with hangwatch.expires(after=0.4, scope="forked child"):
