@@ -101,11 +101,10 @@ def main(folder: Path, requirements: list[str]) -> int:
         with progress(f"setting up {folder.name} (Python {sys.version.split()[0]})"):
             create(folder)
             install(folder, requirements)
-    except (EnvironmentFailedError, OSError):
+    except (EnvironmentFailedError, OSError) as error:
         full = next((path for path in _written_to(folder) if _is_full(path)), None)
-        if full is not None:
-            error = OSError(f"the disk of {full} is full: free about 200 MB and try again")
-        print(error, file=sys.stderr)
+        advice = f"the disk of {full} is full: free about 200 MB and try again"
+        print(error if full is None else advice, file=sys.stderr)
         return 1
     return 0
 

@@ -21,7 +21,7 @@ import pytest
 
 from hangwatch import TimerRequest
 from support.namespaces import run_alone
-from support.nursery import LIMIT
+from support.nursery import LIMIT, Worker, nursery
 from support.processes import is_alive, open_files
 from support.watchers import wait_until
 
@@ -74,19 +74,19 @@ def client(tmp_path: Path) -> Iterator[Any]:
 @pytest.fixture
 def workers(tmp_path: Path) -> Iterator[Any]:
     """Start workers that have a client; they end with the test."""
-    running: list[subprocess.Popen[str]] = []
+    running: list[Worker] = []
 
-    def start(script: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", WORKER + script, str(tmp_path / "timers")]
-        pipe = subprocess.PIPE
-        worker = subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
+    def start(script: str) -> Worker:
+        place, pipe = str(tmp_path / "timers"), subprocess.PIPE
+        worker = nursery().fork(WORKER + script, place, stdin=pipe, stderr=pipe)
         running.append(worker)
         return worker
 
     yield start
     for worker in running:
         worker.kill()
-        worker.communicate()
+        worker.wait()
+        worker.close()
 
 
 def drop(requests: list[TimerRequest]) -> None:
@@ -94,7 +94,7 @@ def drop(requests: list[TimerRequest]) -> None:
         os.close(request.flag)  # type: ignore[attr-defined]
 
 
-def expect(worker: subprocess.Popen[str], line: str) -> None:
+def expect(worker: Worker, line: str) -> None:
     assert worker.stdout is not None
     assert worker.stderr is not None
     said = worker.stdout.readline()

@@ -12,6 +12,7 @@ from typing import Any
 from docs.every_event import WORKERS
 from docs.fences import ROOT, fences_of, without_numbers
 from hangwatch.evidence.model import Outcome
+from support.nursery import LIMIT
 
 PAGE = "docs/events.md"
 KINDS = {"joined", "left", "expired", "stalled", "restarted", *Outcome}
@@ -38,7 +39,7 @@ def test_each_kind_of_event_is_as_the_page_shows_it(tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=55,
+        timeout=LIMIT,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -9,13 +9,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import hangwatch
 from hangwatch.file_based_local_timer import FileTimerRequest
 from hangwatch.pairs import place
+from support import pair_workers
 from support.nursery import LIMIT, nursery
 from support.pairs import (
     CONTEXT,
@@ -26,7 +26,6 @@ from support.pairs import (
     ignore_sigterm,
     running,
     take_the_legacy_road,
-    wait_at,
 )
 from support.processes import is_alive
 from support.watchers import wait_until, watcher_below
@@ -65,7 +64,7 @@ class TestLifecycle:
             client = pair.client()
             with hangwatch.expires(600, "here", client):
                 pass
-            worker = CONTEXT.Process(target=_hang_with, args=(client,))
+            worker = CONTEXT.Process(target=pair_workers.hang_with, args=(client,))
             worker.start()
             assert exit_status(worker) == KILLED
 
@@ -84,7 +83,7 @@ class TestLifecycle:
         with running(pair):
             assert pair.server._beside is not None
             keeper = pair.server._beside.pid
-            worker = pair.worker(_ignore_sigterm_for_long, pair.place)
+            worker = pair.worker(pair_workers.ignore_sigterm_for_long, pair.place)
             wait_until(lambda: "timer expired" in heard, "an incident")
             pair.server.stop()
             assert worker.is_alive(), "its grace lasts longer than any stop"
@@ -100,18 +99,6 @@ class TestLifecycle:
         os.kill(keeper, signal.SIGSTOP)
         pair.server.stop()
         wait_until(lambda: not is_alive(keeper), "the keeper's end")
-
-
-def _ignore_sigterm_for_long(path: str) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    client = hangwatch.FileTimerClient(path, signal=signal.SIGTERM)
-    with hangwatch.expires(0.2, "stubborn", client, grace=1000):
-        time.sleep(1000)
-
-
-def _hang_with(client: hangwatch.TimerClient) -> None:
-    with hangwatch.expires(0.2, "there", client):
-        time.sleep(1000)
 
 
 class TestEvents:
@@ -195,10 +182,13 @@ class TestSignals:
                 heard.append((name, request.scope_id))
 
         with running(Pair("file", tmp_path, log_event=log_event)) as pair:
-            spared = [pair.gated(_overrun, pair.place, number, f"{number}") for number in (0, -1)]
+            spared = [
+                pair.gated(pair_workers.overrun, pair.place, number, f"{number}")
+                for number in (0, -1)
+            ]
             for number in 0, -1:
                 wait_until(lambda: ("timer expired", f"{number}") in heard, "the event")  # noqa: B023
-            _, gate = ended = pair.gated(_overrun, pair.place, signal.SIGTERM, "ended")
+            _, gate = ended = pair.gated(pair_workers.overrun, pair.place, signal.SIGTERM, "ended")
             with gate:
                 assert exit_status(ended[0]) == -signal.SIGTERM
             wait_until(lambda: ("kill worker process", "ended") in heard, "the event")
@@ -220,11 +210,6 @@ class TestSignals:
             assert exit_status(pair.worker(ignore_sigterm, pair.place)) == KILLED
             leaver.communicate("go on\n")
             assert leaver.returncode == 0
-
-
-def _overrun(gate: Connection, path: str, number: int, scope: str) -> None:
-    with hangwatch.expires(0.2, scope, hangwatch.FileTimerClient(path, signal=number)):
-        wait_at(gate)
 
 
 class TestWhatPeopleCall:

@@ -19,7 +19,7 @@ from support.nursery import LIMIT
 KILLED = -signal.SIGKILL
 CONTEXT = multiprocessing.get_context("forkserver")
 """How workers are started: from a warm process, with nothing of the server's in them."""
-CONTEXT.set_forkserver_preload(["pytest", "hypothesis", "hangwatch.wire", "support.pairs"])
+CONTEXT.set_forkserver_preload(["hangwatch.wire", "support.pair_workers"])
 Server = hangwatch.LocalTimerServer | hangwatch.FileTimerServer
 
 
