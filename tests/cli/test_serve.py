@@ -178,7 +178,7 @@ class TestServe:
                 with pytest.raises(BrokenProcessPool):
                     pool.submit(hang).result()
         assert "HANGWATCH_ADDRESS" not in os.environ
-        (report,) = tmp_path.glob("*/report.json")
+        (report,) = tmp_path.glob("[!.]*/report.json")
         assert '"pool"' in report.read_text()
         with pytest.raises(hangwatch.NotConfiguredError), hangwatch.expires(1, "own"):
             pass

@@ -233,7 +233,8 @@ class TestBothRoads:
         statuses = {name: exit_status(worker) for name, (worker, _) in survivors.items()}
         assert statuses == dict.fromkeys(survivors, 0)
         reports = [
-            json.loads(path.read_text()) for path in (tmp_path / "reports").glob("*/report.json")
+            json.loads(path.read_text())
+            for path in (tmp_path / "reports").glob("[!.]*/report.json")
         ]
         expired = {report["worker"]["pid"] for report in reports}
         assert not expired & {worker.pid for worker, _ in survivors.values()}

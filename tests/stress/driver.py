@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 from stress.workers import (
@@ -30,9 +31,12 @@ LEGACY = "legacy"
 """The way through the queue, which is PyTorch's only one."""
 
 _VICTIMS, _SURVIVORS = 8, 4
-# Seconds from the fork to the kill: some die while they connect, most while they arm. Of those
-# that overrun, some are killed by the server before.
-_LIVES = (0.02, 0.08)
+# Seconds from the phase at which a victim's time begins to the kill. Of those that overrun, some
+# are killed by the server before.
+_LIVES = (0.006, 0.05)
+# The phase at which a victim's time begins, and how many of twenty begin at it: some die while
+# they start, some while they connect, most while they arm.
+_BEGINS = {Phase.STARTS: 1, Phase.CONNECTS: 6, Phase.ENTERS: 13}
 _OVERRUNS = (0.05, 0.6)
 # The driver must not wait for the CPU until victims that use it up let go of it.
 _NICE = 5
@@ -73,7 +77,9 @@ class _Victim:
     pid: int
     place: int
     kind: str
-    dies_at: float
+    begins: Phase
+    lives: float
+    dies_at: float = inf
     killed: bool = False
 
 
@@ -150,8 +156,10 @@ class Driver:
                 os.nice(_NICE)
                 be_a_victim(self._timers, self._phases, place, kind, seed)
 
-            pid = fork(victim)
-            self._victims.append(_Victim(pid, place, kind, time.monotonic() + lives))
+            (begins,) = self._dice.choices(list(_BEGINS), list(_BEGINS.values()))
+            if kind == "overruns":  # it may hang in its very first block
+                begins = min(begins, Phase.CONNECTS)
+            self._victims.append(_Victim(fork(victim), place, kind, begins, lives))
 
     def _look_at_victim(self, victim: _Victim) -> None:
         """Kill a victim whose time it is; note its death, whoever has killed it.
@@ -204,6 +212,9 @@ class Driver:
     def _look(self) -> None:
         """Sleep a moment; kill the victims whose time it is; see who of the survivors is dead."""
         now = time.monotonic()
+        for victim in self._victims:
+            if victim.dies_at == inf and self._phases[victim.place] >= victim.begins:
+                victim.dies_at = now + victim.lives
         due = min((each.dies_at for each in self._victims if not each.killed), default=now + 1)
         dying = any(each.killed for each in self._victims)
         self._sleep(max(0.0, min(due, self._look_at, now + (_DYING if dying else 1)) - now))
