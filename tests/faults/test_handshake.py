@@ -174,7 +174,8 @@ for _ in range(3):
 def test_a_page_of_nonsense_harms_only_its_owner(served: RunningWatcher) -> None:
     for kind in ("random", "nan", "inf", "entry without end", "cycle"):
         status = served.worker(NONSENSE, kind).wait()
-        assert status in (0, -signal.SIGKILL), kind
+        # Nonsense may name a first signal, whichever.
+        assert status <= 0, kind
     assert answer(served.address, hello(), [memfd()]) is None
 
 

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Size(enum.Enum):
-    """How much of its work a test does: of `make test`, of `make test-all SHORT=1`, of `make test-all`."""
+    """How much a test does: in `make test`, in `make test-all SHORT=1`, in `make test-all`."""
 
     SHORT = enum.auto()
     MIDDLE = enum.auto()
