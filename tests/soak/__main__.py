@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -32,6 +31,7 @@ from hangwatch.watcher.events import Event
 from soak import faults
 from soak.faults import BELL, BUSY, Injector
 from support.checker import Checker, summary
+from support.clocks import Clocks, stalls_in
 from support.history import Death, Fault, History, Statement, bury, read_logs
 from support.namespaces import prefix
 from support.nursery import Nursery, Worker
@@ -45,8 +45,6 @@ FAULT_EVERY = 0.6
 # A worker that lives longer hangs where nobody watches: it ends, so that others can play.
 _OLD = 90.0
 _END_WITHIN = 60.0
-# A nap that takes so much longer means that the machine stood still, and nobody ran.
-_NAP, _STOOD_STILL = 0.02, 0.1
 # In less than that, not everything need have happened.
 _LONG_ENOUGH = 30.0
 _ALONE = "HANGWATCH_SOAK_ALONE"
@@ -81,6 +79,7 @@ class Soak:
 
     def run(self, progress: Progress) -> None:
         """Run it, and fill `history`."""
+        clocks = Clocks(self._folder)
         disk = _small_disk(self._reports)
         clock = None
         stepped = {}
@@ -114,12 +113,13 @@ class Soak:
         finally:
             server.stop()
             self._nursery.close()
+            clocks.close()
+        self.history.faults += stalls_in(self._folder)
         self._conclude()
 
     def _play(self, progress: Progress) -> None:
         began = time.monotonic()
         until = began + self._seconds
-        threading.Thread(target=self._feel_the_machine, daemon=True).start()
         next_fault = began + 2.0
         playing = progress.add_task("soak", total=self._seconds)
         while self._workers or time.monotonic() < until:
@@ -147,15 +147,6 @@ class Soak:
         if watcher not in (None, self._watcher):
             self._watcher = watcher
             self.history.faults.append(Fault(time.monotonic(), "watcher lost", 0.0))
-
-    def _feel_the_machine(self) -> None:
-        """Note, in a thread of its own, when nobody ran."""
-        while True:
-            before = time.monotonic()
-            time.sleep(_NAP)
-            overslept = time.monotonic() - before - _NAP
-            if overslept > _STOOD_STILL:
-                self.history.faults.append(Fault(before, "machine stood still", overslept))
 
     def _start_worker(self) -> None:
         seed = str(self._rng.randrange(2**32))

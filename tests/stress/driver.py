@@ -22,6 +22,7 @@ from stress.workers import (
     be_a_victim,
     survive,
 )
+from support.clocks import Clocks
 from support.history import own_log
 from support.processes import fork
 
@@ -43,7 +44,6 @@ _NICE = 5
 _LOOK_EVERY = 0.005
 # For so long somebody who was killed takes to die.
 _DYING = 0.0005
-_OVERSLEPT = 0.1
 # Beyond its patience, so that the checker sees that it was exceeded.
 _GIVES_UP_AFTER = HANGS_AFTER + 0.2
 
@@ -105,6 +105,7 @@ class Driver:
         self._timers = timers
         self._plan = plan
         self._log = own_log(plan.log)
+        self._clocks = Clocks(plan.folder)
         self._dice = random.Random(f"{plan.seed} {plan.road}")
         self._phases = memoryview(mmap.mmap(-1, mmap.PAGESIZE))
         self._victims: list[_Victim] = []
@@ -112,7 +113,6 @@ class Driver:
         self._started = 0
         self._kills = 0
         self._look_at = 0.0
-        self._overslept = 0.0
         self._stop = False
         self._is_over = False
 
@@ -141,6 +141,7 @@ class Driver:
             self._tell(survivor, HANG if number % 2 else END)
         while self._is_waiting():
             self._look()
+        self._clocks.close()
         self._log.write("end")
 
     # -- victims
@@ -217,7 +218,7 @@ class Driver:
                 victim.dies_at = now + victim.lives
         due = min((each.dies_at for each in self._victims if not each.killed), default=now + 1)
         dying = any(each.killed for each in self._victims)
-        self._sleep(max(0.0, min(due, self._look_at, now + (_DYING if dying else 1)) - now))
+        time.sleep(max(0.0, min(due, self._look_at, now + (_DYING if dying else 1)) - now))
         for victim in list(self._victims):
             if victim.killed or victim.dies_at <= time.monotonic():
                 self._look_at_victim(victim)
@@ -245,14 +246,6 @@ class Driver:
             survivor.size, survivor.seen_at = size, self._ran()
         return self._ran() - survivor.seen_at > self._plan.patience + _GIVES_UP_AFTER
 
-    def _sleep(self, seconds: float) -> None:
-        before = time.monotonic()
-        time.sleep(seconds)
-        overslept = time.monotonic() - before - seconds
-        if overslept > _OVERSLEPT:
-            self._overslept += overslept
-            self._log.write("stood still", value=overslept)
-
     def _ran(self) -> float:
         """Return the time, without that in which the machine stood still."""
-        return time.monotonic() - self._overslept
+        return time.monotonic() - self._clocks.stood_still()

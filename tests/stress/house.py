@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import multiprocessing
 import os
 import time
@@ -61,7 +62,7 @@ def _server(module: Any, plan: Plan, timers: Timers) -> Any:
 
     made = module.LocalTimerServer if plan.road == NATIVE else OwnWayServer
     options: dict[str, object] = {"max_interval": _SOON}
-    if module.__name__ == "hangwatch":
+    if "report_dir" in inspect.signature(module.LocalTimerServer).parameters:
         options["report_dir"] = plan.folder / "reports"
     return made(timers.queue, **options)
 

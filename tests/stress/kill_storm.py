@@ -32,6 +32,7 @@ from stress.driver import LEGACY, NATIVE, Plan
 from stress.house import keep_house
 from stress.workers import Phase
 from support.checker import Checker, Rules
+from support.clocks import stalls_in
 from support.history import Death, History, Life, bury, life_of, read_logs
 from support.processes import errors_in, fork
 
@@ -136,7 +137,7 @@ def judge(plan: Plan, errors: list[str], seconds: float) -> Outcome:
     )
     deaths: list[Death] = driver.waited if driver else []
     history = History(read_logs(plan.folder / "logs"), errors=errors)
-    history.faults += driver.faults if driver else []
+    history.faults += stalls_in(plan.folder)
     history.leaks += house.problems if house else []
     errors += [
         f"process {death.pid} ended with {death.status} before it had a log"

@@ -1,0 +1,64 @@
+"""Whether the machine ran: a process on each CPU that notes when that CPU stood still.
+
+On a shared machine a CPU can stand still for seconds while another goes on, so a clock in one
+process does not notice.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+from support.history import Fault, life_of, own_log
+from support.processes import fork
+
+_NAP = 0.02
+# A nap that takes so much longer means that the CPU stood still.
+_STOOD_STILL = 0.1
+
+
+class Clocks:
+    """A process on each CPU, until `close`.
+
+    Args:
+        folder: where their logs go; see `stalls_in`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._seconds = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("d")
+        self._pids = []
+        for place, cpu in enumerate(sorted(os.sched_getaffinity(0))):
+            log = folder / f"clock-{cpu}.log"
+            self._pids.append(fork(partial(self._run, place, cpu, log)))
+
+    def stood_still(self) -> float:
+        """Return for how many seconds the CPU that stood still for longest has done so."""
+        return max(self._seconds[: len(self._pids)])
+
+    def close(self) -> None:
+        """End the processes."""
+        for pid in self._pids:
+            os.kill(pid, signal.SIGKILL)  # our child, not waited for
+            os.waitpid(pid, 0)
+
+    def _run(self, place: int, cpu: int, path: Path) -> None:
+        os.sched_setaffinity(0, {cpu})
+        log = own_log(path)
+        while True:
+            before = time.monotonic()
+            time.sleep(_NAP)
+            overslept = time.monotonic() - before - _NAP
+            if overslept > _STOOD_STILL:
+                self._seconds[place] += overslept
+                log.write("stood still", value=overslept)
+
+
+def stalls_in(folder: Path) -> list[Fault]:
+    """Return when a CPU stood still, from the logs of the clocks of that folder."""
+    logs = folder.glob("clock-*.log")
+    lives = [life_of(log.read_text().splitlines(True)) for log in logs]
+    return [fault for life in lives if life is not None for fault in life.faults]
