@@ -80,7 +80,7 @@ test-all: $(VENV)/ready
 	@$(VENV)/bin/python -m pytest -m "long and not interop" $(if $(SHORT),,--full)
 	@$(MAKE) --no-print-directory zoo N=$(if $(SHORT),1,20)
 	@$(MAKE) --no-print-directory soak SECONDS=$(if $(SHORT),60,600)
-	@$(MAKE) --no-print-directory fuzz SECONDS=$(if $(SHORT),30,300)
+	@$(MAKE) --no-print-directory fuzz SECONDS=$(if $(SHORT),30,120)
 	@$(MAKE) --no-print-directory stress-kills KILLS=$(if $(SHORT),2000,10000)
 	@echo "make test-all: all of it passed"
 
