@@ -13,29 +13,40 @@ _LONGEST_SETTLING = 1.0
 
 
 class FairClock:
-    """Knows when we should have run, and who was overdue while nobody did."""
+    """Knows when we should have run, and who was overdue while nobody did.
 
-    def __init__(self) -> None:
+    A pause can begin anywhere, also between the end of a sleep and a decision. So whatever decides
+    by the time notices first.
+
+    Args:
+        on_pause: told how long we did not run, in seconds, if that is unusual.
+    """
+
+    def __init__(self, on_pause: Callable[[float], None] = lambda late: None) -> None:
+        self._on_pause = on_pause
         # Until the first sleep: what a successor finds overdue gets nothing on top.
         self._awake_by = inf
         self._paused_until = self._pause = self._lost = 0.0
 
     def sleeps_until(self, when: float) -> None:
         """Note when we mean to run again (CLOCK_MONOTONIC)."""
+        self.notice()
         self._awake_by = when
 
     def notice(self) -> float:
-        """Notice a pause: return how long we did not run, 0 if that is nothing unusual."""
-        if self._awake_by == inf:
-            return 0.0
+        """Notice a pause, if there was one since we meant to run, or noticed last.
+
+        Returns:
+            The time until which every pause is known (CLOCK_MONOTONIC).
+        """
         now = monotonic()
-        late = now - self._awake_by
-        self._awake_by = now
-        if late <= _OVERSLEPT:
-            return 0.0
-        self._paused_until, self._pause = now, late
-        self._lost += late
-        return late
+        if self._awake_by < inf:
+            late, self._awake_by = now - self._awake_by, now
+            if late > _OVERSLEPT:
+                self._paused_until, self._pause = now, late
+                self._lost += late
+                self._on_pause(late)
+        return now
 
     def settling(self, deadline: float, limit: float) -> float:
         """Return the seconds that a block which is overdue gets to end by itself.
@@ -44,6 +55,7 @@ class FairClock:
             deadline: when it should have ended (CLOCK_MONOTONIC).
             limit: its limit in seconds.
         """
+        self.notice()
         if deadline > self._paused_until:
             return 0.0
         return min(self._pause, limit, _LONGEST_SETTLING)
@@ -64,10 +76,11 @@ class FairClock:
         Returns:
             Whether it is done.
         """
-        began, lost = monotonic(), self._lost
+        began, lost = self.notice(), self._lost
         while not done():
+            now = self.notice()
             until = began + within + self._lost - lost
-            if monotonic() >= until:
+            if now >= until:
                 return False
-            yield min(until, monotonic() + look_every)
+            yield min(until, now + look_every)
         return True

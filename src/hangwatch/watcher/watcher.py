@@ -94,7 +94,7 @@ class Watcher:
         self._incidents: list[Incident] = []
         self._stopping = self._leaving = False
         self._fenced = linux.fence()
-        self.clock = FairClock()
+        self.clock = FairClock(self._say_that_we_paused)
         self._next_tick = self._next_sweep = monotonic()
 
     def take_over(self, kept: dict[int, Kept]) -> None:
@@ -151,11 +151,10 @@ class Watcher:
         self.keeper.ready(len(self._workers))
         failpoint("handover.ready")
         while not (self._stopping and all(incident.told for incident in self._incidents)):
-            self._notice_pause()
             until = max(self._next_wake(), monotonic())
             self.clock.sleeps_until(until)
             self.loop.sleep(until)
-            self._notice_pause()
+            self.clock.notice()
             self.loop.dispatch()
             self._visit_due()
             self._resume_incidents()
@@ -166,12 +165,10 @@ class Watcher:
 
     # -- waiting
 
-    def _notice_pause(self) -> None:
-        """Notice that we, and perhaps the workers too, did not run for a while."""
-        late = self.clock.notice()
-        if late:
-            _log.warning("the watcher did not run for %.1f s; who is overdue may settle", late)
-            self._events.tell({"event": "stalled", "at": time.time(), "for_s": round(late, 3)})
+    def _say_that_we_paused(self, late: float) -> None:
+        """Say that we, and perhaps the workers too, did not run for a while."""
+        _log.warning("the watcher did not run for %.1f s; overdue blocks get extra time", late)
+        self._events.tell({"event": "stalled", "at": time.time(), "for_s": round(late, 3)})
 
     def _next_wake(self) -> float:
         wakes = (incident.wake for incident in self._incidents)
@@ -365,7 +362,6 @@ class Watcher:
         self._go_on_from(worker, found)
         told = found in worker.judged
         worker.judged[found] = inf
-        self._notice_pause()
         settle = self.clock.settling(found.deadline, case.scope.limit_s)
         wishes = worker.reader.wishes(found) if isinstance(found, Armed) else Wishes()
         verdict = Verdict(
