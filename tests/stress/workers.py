@@ -71,6 +71,7 @@ class Timers:
                 pass
             with os.fdopen(mouth, "w") as out:
                 out.write(" ".join(sys.modules))
+            _end_the_queue_s_thread()
 
         pid = fork(tell)
         os.close(mouth)
@@ -79,6 +80,14 @@ class Timers:
                 with contextlib.suppress(Exception):
                     importlib.import_module(name)
         os.waitpid(pid, 0)
+
+
+def _end_the_queue_s_thread() -> None:
+    """Wait for it, as a process of multiprocessing does at its end.
+
+    One that ends without may take the queue's lock along, which every sender needs.
+    """
+    multiprocessing.util._exit_function()  # type: ignore[attr-defined]
 
 
 def be_a_victim(timers: Timers, phases: memoryview, place: int, kind: str, seed: float) -> None:
@@ -147,8 +156,7 @@ def survive(timers: Timers, path: Path, orders: int, seed: float) -> None:
             log.write("quick", count=blocks)
             blocks, beat = 0, time.monotonic()
     if os.read(orders, 1) == END:
-        # As a process of multiprocessing ends: a queue's thread is waited for.
-        multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+        _end_the_queue_s_thread()
         log.write("end")
         return
     around = expires(60, "around") if dice.random() < 0.5 else contextlib.nullcontext()
