@@ -85,7 +85,7 @@ def test_a_client_that_breaks_its_promise_is_found_out(
     module: str, complaint: str, tmp_path: Path
 ) -> None:
     (tmp_path / "broken.py").write_text(module)
-    broken = ["--implementation", "broken", "--road", "native", "--patience", "0.5"]
+    broken = ["--implementation", "broken", "--road", "native", "--patience", "3"]
     result = storm("2000", *broken, path=str(tmp_path))
     assert result.returncode == 1, result.stdout[-3000:] + result.stderr[-2000:]
     assert complaint in result.stdout
