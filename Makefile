@@ -99,7 +99,7 @@ model:
 	$(PYTHON) tests/model/check.py
 
 interop: $(INTEROP)/ready
-	$(INTEROP)/bin/python -m pytest -m interop -n 0 tests/interop
+	$(INTEROP)/bin/python -m pytest -m interop -n 3 tests/interop
 	$(CONFORMANCE) -m interop
 	PYTHONPATH=tests $(INTEROP)/bin/python -m stress.kill_storm 300 --seed $(SEED) --show \
 		--implementation torch.distributed.elastic.timer

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -87,7 +88,7 @@ def train(arguments: argparse.Namespace) -> None:
         chance = torch.Generator().manual_seed(step)
         batch = mine[torch.randint(len(mine), (BATCH,), generator=chance)]
         hangs = attempt == 0 and rank == arguments.hang_rank and step == arguments.hang_at_step
-        with hangwatch.expires(after=2, scope="forward"):
+        with hangwatch.expires(after=arguments.limit, scope="forward"):
             if hangs:
                 stop_in_c()
             loss = forward_backward(model, images[batch], labels[batch])
@@ -114,6 +115,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Start me with torchrun; see the docstring.")
     parser.add_argument("--hang-rank", type=int, help="the rank that hangs (default: none)")
     parser.add_argument("--hang-at-step", type=int, default=20, help="where (default: %(default)s)")
+    parser.add_argument("--limit", type=float, default=2, help="a step's, s (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=60, help="default: %(default)s")
     run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     parser.add_argument(
@@ -141,3 +143,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    # No destructors: now and then one of gloo's threads still lets go of a tensor, and aborts
+    # an interpreter that is ending. See https://github.com/pytorch/pytorch/pull/179291
+    sys.stdout.flush()
+    os._exit(0)

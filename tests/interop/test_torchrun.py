@@ -11,8 +11,10 @@ import pytest
 from support.jobs import finish, only_report, torchrun
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "ddp_digits.py"
+# Of a step: a rank that is well keeps it, also where the machine stands still for a while.
+LIMIT = ["--limit", "20"]
 
-pytestmark = [pytest.mark.interop, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(300)]
 
 
 def hangwatch_run(report_dir: Path) -> list[str]:
@@ -26,15 +28,14 @@ def accuracy(stdout: str) -> float:
 
 
 def test_hung_rank_is_killed_and_the_job_goes_on(tmp_path: Path) -> None:
-    # One restart more than the hang needs: once a rank that had finished was aborted by
-    # std::terminate, which no Python code calls.
-    job = torchrun(4, str(SCRIPT), "--hang-rank", "2", "--hang-at-step", "20", restarts=2)
+    hang = ["--hang-rank", "2", "--hang-at-step", "20", *LIMIT]
+    job = torchrun(4, str(SCRIPT), *hang)
     stdout, stderr = finish([*hangwatch_run(tmp_path / "reports"), *job], tmp_path)
 
     report = only_report(tmp_path / "reports")
     assert report["outcome"] == "reaped"
     assert report["scope"]["name"] == "forward"
-    assert report["scope"]["limit_s"] == 2
+    assert report["scope"]["limit_s"] == 20
     assert report["worker"]["labels"]["rank"] == "2"
     assert report["worker"]["labels"]["restart_count"] == "0"
     (holder,) = (thread for thread in report["threads"] if thread["holds_scope"])
@@ -42,7 +43,7 @@ def test_hung_rank_is_killed_and_the_job_goes_on(tmp_path: Path) -> None:
     inside = [scope["name"] for other in report["others"] for scope in other["scopes"]]
     assert "all_reduce" in inside
     assert report["headline"] in stderr
-    assert "attempt 2" not in stdout or "terminate called" in stderr
+    assert "attempt 2" not in stdout
 
     resumed = re.search(r"^attempt 1: resumed from step (\d+)$", stdout, re.MULTILINE)
     assert resumed, stdout
@@ -52,7 +53,7 @@ def test_hung_rank_is_killed_and_the_job_goes_on(tmp_path: Path) -> None:
 
 
 def test_when_restarts_run_out_the_final_error_shows_where_it_hung(tmp_path: Path) -> None:
-    job = torchrun(2, str(SCRIPT), "--hang-rank", "1", "--hang-at-step", "5", restarts=0)
+    job = torchrun(2, str(SCRIPT), "--hang-rank", "1", "--hang-at-step", "5", *LIMIT, restarts=0)
     _, stderr = finish([*hangwatch_run(tmp_path / "reports"), *job], tmp_path, status=1)
 
     report = only_report(tmp_path / "reports")
@@ -66,7 +67,7 @@ def test_when_restarts_run_out_the_final_error_shows_where_it_hung(tmp_path: Pat
 
 
 def test_job_that_does_not_hang_is_left_alone(tmp_path: Path) -> None:
-    job = torchrun(4, str(SCRIPT))
+    job = torchrun(4, str(SCRIPT), *LIMIT)
     stdout, stderr = finish([*hangwatch_run(tmp_path / "reports"), *job], tmp_path)
     assert not (tmp_path / "reports").exists()
     assert "hangwatch" not in stderr

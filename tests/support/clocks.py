@@ -26,22 +26,25 @@ class Clocks:
 
     Args:
         folder: where their logs go; see `stalls_in`.
+
+    Attributes:
+        pids: the processes, one a CPU.
     """
 
     def __init__(self, folder: Path) -> None:
         self._seconds = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("d")
-        self._pids = []
+        self.pids = []
         for place, cpu in enumerate(sorted(os.sched_getaffinity(0))):
             log = folder / f"clock-{cpu}.log"
-            self._pids.append(fork(partial(self._run, place, cpu, log)))
+            self.pids.append(fork(partial(self._run, place, cpu, log)))
 
     def stood_still(self) -> float:
         """Return for how many seconds the CPU that stood still for longest has done so."""
-        return max(self._seconds[: len(self._pids)])
+        return max(self._seconds[: len(self.pids)])
 
     def close(self) -> None:
         """End the processes."""
-        for pid in self._pids:
+        for pid in self.pids:
             os.kill(pid, signal.SIGKILL)  # our child, not waited for
             os.waitpid(pid, 0)
 

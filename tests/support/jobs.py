@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ENDS_WITHIN = 140.0
+ENDS_WITHIN = 250.0
 
 
 def torchrun(ranks: int, *arguments: str, restarts: int = 1) -> list[str]:
