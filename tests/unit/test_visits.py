@@ -22,6 +22,7 @@ from hangwatch.watcher import watcher as watcher_module
 from hangwatch.watcher.case import case_of
 from hangwatch.watcher.page_reader import Armed
 from hangwatch.watcher.settings import OnExpiry, Settings
+from hangwatch.watcher.visit import visit
 from hangwatch.watcher.watched import Watched
 from hangwatch.watcher.watcher import Watcher
 from hangwatch.wire import Hello
@@ -68,6 +69,26 @@ def scene() -> Iterator[Scene]:
             watcher.loop.add(ours.fileno(), lambda: None)
             yield Scene(client.page.words, watched, watcher)
             watched.close()
+
+
+def test_what_was_armed_within_a_pause_is_not_due_if_only_the_pause_was_missed(
+    scene: Scene,
+) -> None:
+    details = page.SlotDetails(600.0, 1, 1, "thread", "pause", flags=page.PAUSES)
+    page.write_details(scene.words.cast("B"), 0, details, keep_end=False)
+    now = time.monotonic()
+    scene.arm(1, deadline=now)
+
+    def begins_meanwhile() -> float:
+        scene.arm(0, deadline=now + 600)
+        return now + 0.1
+
+    before: list[float] = []
+    found = visit(scene.worker.reader, lambda: True, begins_meanwhile, before, {})
+    assert found.due == []
+    scene.words[deadline_word(0)] = 0.0
+    found = visit(scene.worker.reader, lambda: True, lambda: now + 0.1, before, {})
+    assert [slot.index for slot in found.due] == [1], "the pause has ended"
 
 
 def test_another_due_block_is_found_if_the_first_ends_meanwhile(

@@ -64,6 +64,9 @@ def visit(
     judgeable = [slot for slot in armed if reader.pauses(slot)] or armed
     times = [(max(slot.deadline, judged.get(slot, 0.0)), slot) for slot in judgeable]
     due = sorted((slot for when, slot in times if when <= now), key=lambda slot: slot.deadline)
+    # The worker went on while we read: what was armed within a pause may have been found, and
+    # the pause not. Whatever changed since the promise was taken back, the worker rings for.
+    due = [slot for slot in due if reader.is_still(slot)]
     again = min((when for when, _ in times if when > now), default=inf)
     # A slot in use that is unarmed just now will be armed again before long. Promising
     # its next possible deadline keeps blocks shorter than our response from ringing.
