@@ -61,12 +61,13 @@ def visit(
     armed = reader.armed()
     failpoint("visit.read")
     now = clock()
-    judgeable = [slot for slot in armed if reader.pauses(slot)] or armed
-    times = [(max(slot.deadline, judged.get(slot, 0.0)), slot) for slot in judgeable]
+    times = [(max(slot.deadline, judged.get(slot, 0.0)), slot) for slot in _running(reader, armed)]
     due = sorted((slot for when, slot in times if when <= now), key=lambda slot: slot.deadline)
     # The worker went on while we read: what was armed within a pause may have been found, and
     # the pause not. Whatever changed since the promise was taken back, the worker rings for.
-    due = [slot for slot in due if reader.is_still(slot)]
+    if due:
+        still = set(_running(reader, reader.armed()))
+        due = [slot for slot in due if slot in still]
     again = min((when for when, _ in times if when > now), default=inf)
     # A slot in use that is unarmed just now will be armed again before long. Promising
     # its next possible deadline keeps blocks shorter than our response from ringing.
@@ -78,3 +79,8 @@ def visit(
     reader.promise(again)
     failpoint("visit.promised")
     return Visit(due, bool(armed), entries, again)
+
+
+def _running(reader: PageReader, armed: list[Armed]) -> list[Armed]:
+    """Return those whose time runs: while any of them pauses the page, only such."""
+    return [slot for slot in armed if reader.pauses(slot)] or armed
