@@ -73,11 +73,13 @@ def test_it_is_complete_when_the_worker_is_dead(watcher: RunningWatcher, tmp_pat
     stack = content["message"]["extraInfo"]["py_callstack"]
     assert headline in stack.splitlines()[0]
     assert "in stuck_here\n" in stack
-    assert "the other threads" in stack
+    report = watcher.report(pid=worker.pid)
+    # A machine that stands still may leave no time for theirs; the report says so then.
+    late = any(reason.startswith("the other threads") for reason in report["missing"])
+    assert "the other threads" in stack or late
     assert began <= int(content["message"]["extraInfo"]["timestamp"]) <= time.time()
     assert path.stat().st_mode & 0o777 == 0o600
 
-    report = watcher.report(pid=worker.pid)
     assert [action["action"] for action in report["actions"]] == [
         "error file",
         "SIGKILL",
