@@ -199,13 +199,14 @@ class Checker:
 
     def _stood_still(self, life: Life) -> list[str]:
         """Nobody is kept waiting by another one's death."""
-        silences = [life.silent]
+        silences = [(*life.silent, "its next record")]
         hangs = any(block.entered < inf == block.ended for block in life.blocks.values())
         if life.ended < inf and not hangs:
-            silences.append((life.last, min(life.ended, life.executing)))
+            silences.append((life.last, min(life.ended, life.executing), "its end was seen"))
         return [
-            f"process {life.pid} stood still for {until - since:.1f} s"
-            for since, until in silences
+            f"process {life.pid} stood still for {until - since:.1f} s: "
+            f"from {since - life.started:.3f} s after its start until {what}"
+            for since, until, what in silences
             if until - since > self._rules.silent_for + self._costs(since, until)
         ]
 

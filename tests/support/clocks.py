@@ -15,6 +15,7 @@ from pathlib import Path
 
 from support.history import Fault, life_of, own_log
 from support.processes import fork
+from support.watchers import wait_until
 
 _NAP = 0.02
 # A nap that takes so much longer means that the CPU stood still.
@@ -33,6 +34,7 @@ class Clocks:
 
     def __init__(self, folder: Path) -> None:
         self._seconds = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("d")
+        self._looks = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("d")
         self.pids = []
         for place, cpu in enumerate(sorted(os.sched_getaffinity(0))):
             log = folder / f"clock-{cpu}.log"
@@ -43,7 +45,9 @@ class Clocks:
         return max(self._seconds[: len(self.pids)])
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes, once each has noted what it may just have overslept."""
+        now = time.monotonic()
+        wait_until(lambda: min(self._looks[: len(self.pids)]) > now, "each clock has looked")
         for pid in self.pids:
             os.kill(pid, signal.SIGKILL)  # our child, not waited for
             os.waitpid(pid, 0)
@@ -58,6 +62,7 @@ class Clocks:
             if overslept > _STOOD_STILL:
                 self._seconds[place] += overslept
                 log.write("stood still", value=overslept)
+            self._looks[place] = before
 
 
 def stalls_in(folder: Path) -> list[Fault]:
