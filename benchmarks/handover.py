@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import hangwatch
-from hangwatch.page import WATCH_UNTIL
+from hangwatch.page.layout import WATCH_UNTIL
 from hangwatch.worker.client import client_at
 
 GOAL_MS = {signal.SIGKILL: 300.0, signal.SIGSTOP: 1500.0}

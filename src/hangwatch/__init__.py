@@ -20,6 +20,7 @@ from hangwatch.errors import (
     ProtocolError,
     TimerExpired,
     UnsupportedError,
+    VersionError,
     WatcherUnavailableError,
 )
 from hangwatch.file_based_local_timer import (
@@ -55,6 +56,7 @@ __all__ = [
     "TimerRequest",
     "TimerServer",
     "UnsupportedError",
+    "VersionError",
     "WatcherUnavailableError",
     "configure",
     "expires",

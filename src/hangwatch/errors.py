@@ -15,6 +15,7 @@ __all__ = [
     "ProtocolError",
     "TimerExpired",
     "UnsupportedError",
+    "VersionError",
     "WatcherUnavailableError",
 ]
 
@@ -49,6 +50,23 @@ class WatcherUnavailableError(HangwatchError, ConnectionError):
 
 class ProtocolError(HangwatchError):
     """The other side speaks another version, or none, of the protocol."""
+
+
+class VersionError(ProtocolError):
+    """The two sides are of different versions: the fault of whoever installed them.
+
+    Attributes:
+        theirs: the version of the protocol that the other side speaks, as it says so.
+        ours: the one that this side speaks.
+    """
+
+    def __init__(self, message: str, theirs: str = "", ours: int = 0) -> None:
+        super().__init__(message, theirs, ours)
+        self.theirs = theirs
+        self.ours = ours
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class PageError(HangwatchError):

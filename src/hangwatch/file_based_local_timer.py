@@ -13,7 +13,7 @@ from hangwatch.api import STOP_WITHIN, TimerRequest
 from hangwatch.debug_info_logging import log_debug_info_for_expired_timers
 from hangwatch.folder import REPORT_DIR
 from hangwatch.overrides import is_overridden, remember
-from hangwatch.page import NEVER_KILL
+from hangwatch.page.layout import NEVER_KILL
 from hangwatch.pairs import fifo, place
 from hangwatch.pairs.client import DropInClient
 from hangwatch.pairs.complaints import Complaints

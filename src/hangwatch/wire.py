@@ -4,13 +4,17 @@ A worker says hello, with its page's descriptor attached and perhaps that of its
 stack channel; the watcher welcomes it or says why not. After that the worker
 sends one byte, `connection.RING`, whenever the watcher should look at its page.
 
-Layout of a hello: {"hangwatch": 1, "page_fd": int, "monotonic": float,
+Layout of a hello: {"hangwatch": version, "page_fd": int, "monotonic": float,
 "fenced": bool, "labels": {str: str}, "command": [str, ...], "python": str,
 "stacks": null or {"fd": int, "own": int, "all": int}, "error_file": null or str,
 "pid": int, "main_ident": int}.
-Layout of a reply: {"hangwatch": 1, "welcome": bool, "reason": str, "on_expiry": str,
+Layout of a reply: {"hangwatch": version, "welcome": bool, "reason": str, "on_expiry": str,
 "forced": bool}.
-Unknown keys are ignored, so that a later version can add some.
+Unknown keys are ignored, so that some can be added without a new version.
+
+"hangwatch" is the version of all that the two sides share, the page included. Each side refuses
+another one, and says what both have. A watcher answers with its own version; only to version 1,
+which reads no other, it answers with that.
 """
 
 from __future__ import annotations
@@ -20,9 +24,11 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import TypeGuard
 
-from hangwatch.errors import ProtocolError
+from hangwatch.errors import ProtocolError, VersionError
+from hangwatch.page import layout
 
-VERSION = 1
+VERSION = layout.VERSION
+_READS_NO_OTHER = 1
 MAX_BYTES = 16384
 MAX_DESCRIPTORS = 2
 _MAX_LABELS, _MAX_ARGUMENTS, _MAX_TEXT = 32, 32, 256
@@ -128,9 +134,10 @@ def decode_hello(message: bytes) -> Hello:
     """Decode a hello.
 
     Raises:
-        ProtocolError: the message is none, or of another version: the peer's fault.
+        ProtocolError: the message is none: the peer's fault.
+        VersionError: it is of another version.
     """
-    fields = _decode(message, "worker")
+    fields = _decode(message, "worker", "the worker", "its watcher")
     try:
         stacks = fields.get("stacks")
         error_file = fields.get("error_file")
@@ -159,11 +166,17 @@ def decode_hello(message: bytes) -> Hello:
     return hello
 
 
-def encode_reply(reply: Reply) -> bytes:
+def refusal_of(error: Exception) -> bytes:
+    """Encode why a worker is refused, such that the worker can read it whatever its version."""
+    old = isinstance(error, VersionError) and error.theirs == str(_READS_NO_OTHER)
+    return encode_reply(Reply(str(error)), _READS_NO_OTHER if old else VERSION)
+
+
+def encode_reply(reply: Reply, version: int = VERSION) -> bytes:
     """Encode the watcher's reply."""
     return json.dumps(
         {
-            "hangwatch": VERSION,
+            "hangwatch": version,
             "welcome": reply.reason is None,
             "reason": (reply.reason or "")[:1024],
             "on_expiry": reply.on_expiry,
@@ -172,13 +185,18 @@ def encode_reply(reply: Reply) -> bytes:
     ).encode("ascii")
 
 
-def decode_reply(message: bytes) -> Reply:
+def decode_reply(message: bytes, peer: str = "the watcher") -> Reply:
     """Decode the watcher's reply.
 
+    Args:
+        message: the reply.
+        peer: whose it is, for errors.
+
     Raises:
-        ProtocolError: whoever answered is no watcher, or one of another version.
+        ProtocolError: whoever answered is no watcher.
+        VersionError: it is one of another version.
     """
-    fields = _decode(message, "watcher")
+    fields = _decode(message, "watcher", peer, "this process")
     welcome = fields.get("welcome") is True
     return Reply(
         None if welcome else str(fields.get("reason", "")),
@@ -187,19 +205,27 @@ def decode_reply(message: bytes) -> Reply:
     )
 
 
-def _decode(message: bytes, peer: str) -> dict[str, object]:
+def _decode(message: bytes, kind: str, peer: str, we: str) -> dict[str, object]:
     try:
         fields = json.loads(message)
     except (ValueError, RecursionError):
-        raise ProtocolError(f"the message is not one of a hangwatch {peer}") from None
+        raise ProtocolError(f"the message is not one of a hangwatch {kind}") from None
     if not isinstance(fields, dict) or "hangwatch" not in fields:
-        raise ProtocolError(f"the message is not one of a hangwatch {peer}")
+        raise ProtocolError(f"the message is not one of a hangwatch {kind}")
     if fields["hangwatch"] != VERSION:
-        raise ProtocolError(
-            f"the {peer} speaks protocol {str(fields['hangwatch'])[:20]}, this side {VERSION}: "
-            "install the same version of hangwatch on both sides"
+        theirs = _shown(fields["hangwatch"])
+        raise VersionError(
+            f"{peer} speaks version {theirs} of hangwatch's protocol, "
+            f"{we} version {VERSION}: {layout.WHAT_TO_DO}",
+            theirs,
+            VERSION,
         )
     return fields
+
+
+def _shown(version: object) -> str:
+    """Show what should be a small number, and may be anything."""
+    return ascii(version)[:20] if isinstance(version, int | str) else type(version).__name__
 
 
 def _number(value: object) -> int:

@@ -61,7 +61,7 @@ class TestCommand:
 
     def test_by_default_it_listens_in_the_user_s_runtime_folder(self, folder: Path) -> None:
         process = self.start(env={**os.environ, "XDG_RUNTIME_DIR": str(folder)})
-        wait_until((folder / "hangwatch" / "watcher.sock").exists, "the socket")
+        wait_until((folder / "hangwatch" / "v3-watcher.sock").exists, "the socket")
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=LIMIT)
         assert process.returncode == 0

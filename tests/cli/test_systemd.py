@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from hangwatch.keep.address import default_address
 from support.nursery import LIMIT
 from support.raw_worker import answer, hello, memfd
 from support.watchers import wait_until, watcher_below
@@ -155,6 +156,13 @@ def test_the_units_are_valid(folder: Path) -> None:
         env={**os.environ, "XDG_RUNTIME_DIR": str(folder)},
     )
     assert (result.returncode, result.stdout + result.stderr) == (0, "")
+
+
+def test_the_socket_is_where_serve_listens_by_itself() -> None:
+    (path,) = re.findall(
+        r"^ListenSequentialPacket=(\S+)$", (UNITS / "hangwatch.socket").read_text(), re.M
+    )
+    assert path == f"%t/hangwatch/{Path(default_address()).name}"
 
 
 def allowed_calls() -> set[str]:

@@ -185,12 +185,12 @@ def test_it_costs_the_worker_no_ring(watcher: RunningWatcher) -> None:
         watcher,
         """
 import os, time
-from hangwatch import page
+from hangwatch.page import layout
 from hangwatch.worker.client import client_at
 client = client_at(os.environ["HANGWATCH_ADDRESS"])
 with hangwatch.expires(10_000, "step"):
     time.sleep(0.2)  # some looks
-    while client.page.words[page.WATCH_UNTIL] - time.monotonic() < 5000: time.sleep(0.001)
+    while client.page.words[layout.WATCH_UNTIL] - time.monotonic() < 5000: time.sleep(0.001)
 """,
     )
     assert worker.wait() == 0

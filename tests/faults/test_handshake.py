@@ -23,7 +23,8 @@ from typing import Any
 import pytest
 
 import hangwatch
-from hangwatch import page, wire
+from hangwatch import wire
+from hangwatch.page import layout
 from hangwatch.worker import client, connection
 from hangwatch.worker.client import WorkerClient
 from hangwatch.worker.connection import RING
@@ -71,8 +72,11 @@ def test_a_bad_hello_is_refused_with_the_reason(served: RunningWatcher) -> None:
         (b"\xff" * 100, "not one of a hangwatch worker"),
         (b"[" * 10_000, "not one of a hangwatch worker"),
         (b"{}", "not one of a hangwatch worker"),
-        (b'{"hangwatch": 1}', "malformed"),
-        (b'{"hangwatch": 2}', "install the same version"),
+        (b'{"hangwatch": 3}', "malformed"),
+        (b'{"hangwatch": 2}', "install the same hangwatch"),
+        (b'{"hangwatch": true}', "install the same hangwatch"),
+        (b'{"hangwatch": [[[1]]]}', "speaks version list of"),
+        (b'{"hangwatch": "\\u001b[2J"}', r"speaks version '\x1b[2J' of"),
         (hello(page_fd=-1), "malformed"),
         (hello(monotonic="soon"), "malformed"),
         (hello(monotonic=1e18), "another time namespace"),
@@ -109,18 +113,26 @@ def huge_pages_exist() -> bool:
 
 
 def test_a_page_that_is_not_safe_to_map_is_refused(served: RunningWatcher, tmp_path: Path) -> None:
-    magic, capacity = page.MAGIC, page.CAPACITY
-    other_layout = struct.pack("=8sQ", magic[:-1] + b"c", capacity)
-    other_capacity = struct.pack("=8sQ", magic, capacity * 2)
+    def of(*areas: layout.Area, size: int = layout.PAGE_BYTES) -> Callable[[], int]:
+        return lambda: memfd(size, header=layout.header(areas, size))
+
+    other_layout = layout.MAGIC[:-1] + b"c" + layout.header([layout.SLOTS], layout.PAGE_BYTES)[8:]
+    first, row, most = layout.HEADER_BYTES, layout.SLOT_BYTES, layout.MOST_BYTES
+    too_many = layout.Area("slots", first, row, 2 * layout.CAPACITY)
     kinds: dict[str, tuple[Callable[[], int], str]] = {
         "unsealed": (lambda: memfd(seals=0), "seals"),
-        "write-sealed": (lambda: memfd(seals=page.SEALS | fcntl.F_SEAL_WRITE), "seals"),
+        "write-sealed": (lambda: memfd(seals=layout.SEALS | fcntl.F_SEAL_WRITE), "seals"),
         "short": (lambda: memfd(size=4096), "bytes instead of"),
-        "long": (lambda: memfd(size=page.PAGE_BYTES * 2), "bytes instead of"),
+        "long": (lambda: memfd(size=layout.PAGE_BYTES * 2), "bytes instead of"),
         "empty": (lambda: memfd(size=0, header=b""), "bytes instead of"),
         "no magic": (lambda: memfd(header=b"\0" * 64), "magic"),
         "other layout": (lambda: memfd(header=other_layout), "layout 99"),
-        "other capacity": (lambda: memfd(header=other_capacity), "slots"),
+        "more slots": (of(too_many, size=too_many.end), "slots"),
+        "too long": (of(layout.SLOTS, size=most + 4096), "bytes instead of"),
+        "other row": (of(layout.Area("slots", first, row + 8, 9)), "328 bytes each"),
+        "out of range": (of(layout.Area("slots", first, row, 4097)), "out of range"),
+        "misaligned": (of(layout.Area("slots", first + 1, row, 9)), "misaligned"),
+        "overlapping": (of(layout.SLOTS, layout.Area("x", 4096, 8, 9)), "overlaps"),
         "a file": (lambda: os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT), "no memfd"),
     }
     for kind, (make, reason) in kinds.items():
@@ -143,31 +155,31 @@ def check_refused(served: RunningWatcher, kind: str, descriptor: int, reason: st
 # numbers that read as overdue end whoever wrote them.
 NONSENSE = r"""
 import mmap, os, random, struct, sys, time
-from hangwatch import page
+from hangwatch.page import layout
 from hangwatch.worker.connection import RING
 from support.raw_worker import hello, memfd, connect, refusal
 import socket
-def numbers(format, *values): return struct.pack(format, *values).ljust(page.SLOT_BYTES, b"\0")
+def numbers(format, *values): return struct.pack(format, *values).ljust(layout.SLOT_BYTES, b"\0")
 nan, inf = float("nan"), float("inf")
 content = {
-    "random": lambda: random.Random(11).randbytes(page.PAGE_BYTES),
-    "nan": lambda: struct.pack("=d", nan) * (page.PAGE_BYTES // 8),
-    "inf": lambda: struct.pack("=d", inf) * (page.PAGE_BYTES // 8),
-    "entry without end": lambda: numbers("=4d", 1.0, 0, inf, nan) * page.CAPACITY,
-    "cycle": lambda: numbers("=3d32xQd", 1e18, 0, 1, 1, 1.0) * page.CAPACITY,
+    "random": lambda: random.Random(11).randbytes(layout.PAGE_BYTES),
+    "nan": lambda: struct.pack("=d", nan) * (layout.PAGE_BYTES // 8),
+    "inf": lambda: struct.pack("=d", inf) * (layout.PAGE_BYTES // 8),
+    "entry without end": lambda: numbers("=4d", 1.0, 0, inf, nan) * layout.CAPACITY,
+    "cycle": lambda: numbers("=3d32xQd", 1e18, 0, 1, 1, 1.0) * layout.CAPACITY,
 }[sys.argv[1]]()
 descriptor = memfd()
-memory = mmap.mmap(descriptor, page.PAGE_BYTES)
+memory = mmap.mmap(descriptor, layout.PAGE_BYTES)
 words = memoryview(memory).cast("d")
-memory[page.HEADER_BYTES :] = content[: page.PAGE_BYTES - page.HEADER_BYTES]
-words[page.SLOTS_IN_USE] = 1e300
+memory[layout.HEADER_BYTES :] = content[: layout.PAGE_BYTES - layout.HEADER_BYTES]
+words[layout.SLOTS_IN_USE] = 1e300
 connection = connect(os.environ["HANGWATCH_ADDRESS"])
 socket.send_fds(connection, [hello(page_fd=descriptor)], [descriptor])
 assert refusal(connection) is None
 for _ in range(3):
-    words[page.WATCH_UNTIL] = -1.0
+    words[layout.WATCH_UNTIL] = -1.0
     connection.send(RING)
-    while words[page.WATCH_UNTIL] == -1.0: time.sleep(0.001)
+    while words[layout.WATCH_UNTIL] == -1.0: time.sleep(0.001)
 """
 
 
@@ -181,7 +193,7 @@ def test_a_page_of_nonsense_harms_only_its_owner(served: RunningWatcher) -> None
 
 def test_who_says_nothing_or_half_is_dismissed(served: RunningWatcher) -> None:
     with connect(served.address) as silent, connect(served.address) as half:
-        half.send(b'{"hangwatch": 1, "page')
+        half.send(b'{"hangwatch": 3, "page')
         assert "not one of a hangwatch worker" in str(refusal(half))
         assert "no hello came in time" in str(refusal(silent))
         assert silent.recv(4096) == b""
@@ -239,7 +251,7 @@ def test_who_rings_for_ever_gets_slow_service_not_the_cpu(
 # A worker that waits for its watcher's answer for as long as a machine may stand still.
 PATIENT = f"""
 import os, sys, threading, time, hangwatch
-from hangwatch import page
+from hangwatch.page import layout
 from hangwatch.worker import connection
 from hangwatch.worker.client import client_at
 connection.ANSWER_WITHIN = {LIMIT}
@@ -285,7 +297,7 @@ class TestAddresses:
             (None, hangwatch.WatcherUnavailableError, "did not answer within"),
             (b"", hangwatch.ProtocolError, "hung up"),
             (b"HTTP/1.1 400", hangwatch.ProtocolError, "not one of a hangwatch watcher"),
-            (b'{"hangwatch": 7}', hangwatch.ProtocolError, "install the same version"),
+            (b'{"hangwatch": 7}', hangwatch.VersionError, "install the same hangwatch"),
             (
                 wire.encode_reply(wire.Reply("full")),
                 hangwatch.WatcherUnavailableError,
@@ -420,7 +432,7 @@ class TestAddresses:
             PATIENT + "block = hangwatch.expires(60, 'slow to begin')\n"
             "block.__enter__()\n"
             "client = client_at(os.environ['HANGWATCH_ADDRESS'])\n"
-            "print(client.is_connected, client.page.words[page.HEADER_WORDS + page.DEADLINE])\n"
+            "print(client.is_connected, client.page.words[layout.HEADER_WORDS + layout.DEADLINE])\n"
         )
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(path)
@@ -465,7 +477,7 @@ class TestAddresses:
                 worker.write_line()
                 assert worker.read_line() == "armed"
                 # As if the watcher had looked before the second thread armed.
-                with mmap.mmap(descriptors[0], page.PAGE_BYTES) as memory:
+                with mmap.mmap(descriptors[0], layout.PAGE_BYTES) as memory:
                     memory[16:24] = struct.pack("=d", time.monotonic() + 3600)
                 accepted.send(wire.encode_reply(wire.Reply(None)))
                 accepted.settimeout(LIMIT)

@@ -236,16 +236,16 @@ UNFENCED = """
 import mmap, os, socket, struct, sys, time
 sys.path[:0] = sys.argv[2:]
 from support.raw_worker import connect, hello, memfd
-from hangwatch import page
+from hangwatch.page import layout
 descriptor = memfd()
 with connect(sys.argv[1]) as connection:
     socket.send_fds(connection, [hello(page_fd=descriptor, fenced=False)], [descriptor])
     connection.recv(100)
-    memory = mmap.mmap(descriptor, page.PAGE_BYTES)
+    memory = mmap.mmap(descriptor, layout.PAGE_BYTES)
     words = memoryview(memory).cast("d")
-    words[page.SLOTS_IN_USE] = 1.0
-    words[page.deadline_word(0) + page.ENTRY] = 1.0
-    words[page.deadline_word(0)] = time.monotonic() + 0.2
+    words[layout.SLOTS_IN_USE] = 1.0
+    words[layout.deadline_word(0) + layout.ENTRY] = 1.0
+    words[layout.deadline_word(0)] = time.monotonic() + 0.2
     time.sleep(1000)  # never rings
 """
 
@@ -260,17 +260,17 @@ MOVED = """
 import mmap, os, socket, sys, time
 sys.path[:0] = sys.argv[2:]
 from support.raw_worker import connect, hello, memfd
-from hangwatch import page
+from hangwatch.page import layout
 descriptor = memfd()
 with connect(sys.argv[1]) as connection:
     socket.send_fds(connection, [hello(page_fd=descriptor)], [descriptor])
     connection.recv(100)
-    words = memoryview(mmap.mmap(descriptor, page.PAGE_BYTES)).cast("d")
-    words[page.SLOTS_IN_USE] = 1.0
-    words[page.deadline_word(0) + page.LIMIT] = 0.2
-    words[page.deadline_word(0) + page.ENTRY] = 1.0
+    words = memoryview(mmap.mmap(descriptor, layout.PAGE_BYTES)).cast("d")
+    words[layout.SLOTS_IN_USE] = 1.0
+    words[layout.deadline_word(0) + layout.LIMIT] = 0.2
+    words[layout.deadline_word(0) + layout.ENTRY] = 1.0
     for _ in range(2):
-        words[page.deadline_word(0)] = time.monotonic() + 0.2
+        words[layout.deadline_word(0)] = time.monotonic() + 0.2
         connection.send(b"!")
         sys.stdin.readline()
 """

@@ -378,10 +378,10 @@ def test_a_thousand_workers_connect_at_once(start_watcher: StartWatcher, size: S
 GARBAGE = """
 import mmap, os, random, socket, sys
 from select import select
-from hangwatch import page
+from hangwatch.page import layout
 from support.raw_worker import connect, hello, memfd
 descriptor = memfd()
-mapping = mmap.mmap(descriptor, page.PAGE_BYTES)
+mapping = mmap.mmap(descriptor, layout.PAGE_BYTES)
 rounds = 0
 with connect(sys.argv[1]) as connection:
     socket.send_fds(connection, [hello(page_fd=descriptor)], [descriptor])
@@ -389,7 +389,7 @@ with connect(sys.argv[1]) as connection:
     connection.setblocking(False)
     while not select([sys.stdin], [], [], 0)[0]:
         for _ in range(100):
-            at = random.randrange(16, 64 + 100 * page.SLOT_BYTES)
+            at = random.randrange(16, layout.slot_byte(100))
             mapping[at:at + 64] = random.choice([os.urandom(64), bytes(64), b"\\xff" * 64])
         try: connection.send(b"!")
         except OSError: pass

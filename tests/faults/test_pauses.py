@@ -14,7 +14,8 @@ from queue import Queue
 import pytest
 
 import hangwatch
-from hangwatch import failpoints, page
+from hangwatch import failpoints
+from hangwatch.page import layout
 from support.nursery import LIMIT, Worker
 from support.pages import QuietClient, quiet_page
 from support.sizes import Size, short_and_long
@@ -306,9 +307,9 @@ def test_a_page_that_pauses_without_an_end_is_not_believed(client: QuietClient) 
         reader = client.reader()
         assert reader.is_paused()
         (slot,) = reader.armed()
-        client.page.words[page.deadline_word(slot.index)] = page.NEVER
+        client.page.words[layout.deadline_word(slot.index)] = layout.NEVER
         assert not reader.is_paused()
-        client.page.words[page.deadline_word(slot.index)] = slot.deadline
+        client.page.words[layout.deadline_word(slot.index)] = slot.deadline
         reader.close()
 
 

@@ -17,7 +17,7 @@ from support.watchers import CONNECT, RunningWatcher, StartWatcher
 RACE = """
 import contextlib, os, random, signal, subprocess, sys, time
 import hangwatch
-from hangwatch import page
+from hangwatch.page import layout
 from hangwatch.watcher.page_reader import PageReader
 from hangwatch.worker.client import client_at
 

@@ -55,25 +55,25 @@ HOSTILE = """
 import json, os, random, signal, socket, struct, sys, time
 address, seed, numbers, file = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4]
 sys.path[:0] = json.loads(sys.argv[5])
-from hangwatch import page
+from hangwatch.page import layout
 from hangwatch.worker.connection import RING
 from support.raw_worker import connect, hello, memfd
 rng = random.Random(seed)
 for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, 40):
     signal.signal(number, lambda *_: None)
 pages, stacks = memfd(), os.memfd_create("stacks")
-memory = memoryview(bytearray(page.PAGE_BYTES))
-memory[:page.HEADER_BYTES] = os.pread(pages, page.HEADER_BYTES, 0)
+memory = memoryview(bytearray(layout.PAGE_BYTES))
+memory[:layout.HEADER_BYTES] = os.pread(pages, layout.HEADER_BYTES, 0)
 slots = 8
 soft = seed % 3 == 0
 words = memory.cast("d")
-words[page.SLOTS_IN_USE] = slots
-words[page.RAISE_SIGNAL] = 40.0 if soft else rng.choice([0.0, 10.0, 12.5, 1e300])
+words[layout.SLOTS_IN_USE] = slots
+words[layout.RAISE_SIGNAL] = 40.0 if soft else rng.choice([0.0, 10.0, 12.5, 1e300])
 claimed = rng.choice(numbers)  # is the main thread's number, if one believes it
 theirs = [*numbers, claimed, claimed, claimed, os.getpid(), 0, 2**63]
 for index in range(slots):
     flags = 2 if soft else rng.choice([0, 1, 2, 3, 7, 2**32 - 1])
-    details = page.SlotDetails(
+    details = layout.SlotDetails(
         limit=rng.choice([1.0, 1e308, -1.0]),
         ident=rng.choice(theirs),
         native_id=claimed if soft else rng.choice(theirs),
@@ -83,10 +83,10 @@ for index in range(slots):
         signal=rng.choice([0, -1, 9, 10, 12, 15, 19, 40, 64, 65, -2**31]),
         grace=0.2 if flags == 2 else rng.choice([0.0, -1.0, 0.1, float("nan")]),
     )
-    page.write_details(memory, index, details, keep_end=True)
-    page.write_enclosing(memory, index, rng.choice([None, None, index]), 1.0)
-    words[page.deadline_word(index) + page.ENTRY] = 1.0
-    words[page.deadline_word(index)] = time.monotonic() - rng.random()
+    layout.write_details(memory, index, details, keep_end=True)
+    layout.write_enclosing(memory, index, rng.choice([None, None, index]), 1.0)
+    words[layout.deadline_word(index) + layout.ENTRY] = 1.0
+    words[layout.deadline_word(index)] = time.monotonic() - rng.random()
 os.pwrite(pages, memory, 0)
 says = hello(
     page_fd=pages,

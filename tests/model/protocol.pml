@@ -56,7 +56,7 @@
 /* CLOCK_MONOTONIC, which workers and watcher share. 0 is no time: it means "not armed". */
 byte now = 1;
 
-/* ---- memory, as page.py lays it out ---- */
+/* ---- memory, as page/layout.py lays it out ---- */
 
 byte watch_until[PAGES];
 byte slots_in_use[PAGES];
@@ -287,7 +287,7 @@ proctype thread(byte t) {
         if
         :: break
         :: atomic {
-               buffer[t] ! DEADLINE, 0; /* slot.exit: page.DISARM */
+               buffer[t] ! DEADLINE, 0; /* slot.exit: layout.DISARM */
                covered[t] = 0; found[t] = 0; mine[t] = 0;
                REACHING(quiet[t] = 0; told[t] = 0)
            }
@@ -305,7 +305,7 @@ proctype thread(byte t) {
 #define JUDGED_DEADLINE(t) (judged_deadline[t] == seen_deadline[t])
 #endif
 
-/* page_reader.py PageReader.armed: deadline, then entry, of each slot in use. */
+/* page/view.py View.armed: deadline, then entry, of each slot in use. */
 inline read_slot(t) {
     if
     :: PAGE_OF(t) == p && slots_in_use[p] > INDEX_OF(t) ->

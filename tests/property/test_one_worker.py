@@ -26,8 +26,9 @@ from hypothesis.stateful import (
 )
 
 import hangwatch
-from hangwatch import page
-from hangwatch.watcher.page_reader import Armed, PageReader
+from hangwatch.page import layout
+from hangwatch.page.view import Armed
+from hangwatch.watcher.page_reader import PageReader
 from support.block_model import Between, Block, Model, Timer, exactly, later
 from support.one_worker import ALL, LOOPING, PLACES, TASKS, THREADS, Answer, Conductor
 from support.sizes import Size, short_and_long
@@ -301,7 +302,7 @@ class OneWorker(RuleBasedStateMachine):
             assert spent.since_renewal is None
 
 
-def _said(details: page.SlotDetails) -> tuple[str, float, int, str]:
+def _said(details: layout.SlotDetails) -> tuple[str, float, int, str]:
     name = details.scope.rpartition("/")[2]
     return name, details.limit, details.ident, details.thread_name
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hangwatch
-from hangwatch import page
+from hangwatch.page import layout
 from hangwatch.worker import expiration, page_writer
 from hangwatch.worker.slots import Slot
 from support.pages import QuietClient, quiet_page
@@ -57,7 +57,7 @@ def test_recursion_is_independent_and_not_quadratic(client: QuietClient) -> None
     for _ in range(3):
         descend(300)
     assert client.armed() == {}
-    assert client.page.words[page.SLOTS_IN_USE] <= 310
+    assert client.page.words[layout.SLOTS_IN_USE] <= 310
 
 
 def test_one_object_may_be_entered_again_and_again(client: QuietClient) -> None:
@@ -120,7 +120,7 @@ def test_what_is_left_inside_of_an_ended_block_is_not_watched(client: QuietClien
             hangwatch.expires(60, "never left").__enter__()
             assert client.armed() == {"outer": 1, "abandoned": 1, "never left": 1}
         assert client.armed() == {}
-    assert client.page.words[page.SLOTS_IN_USE] < 150, "what is left behind is used again"
+    assert client.page.words[layout.SLOTS_IN_USE] < 150, "what is left behind is used again"
 
 
 def test_a_slot_is_not_used_again_while_somebody_may_leave_its_block(client: QuietClient) -> None:
@@ -160,7 +160,7 @@ def test_a_thread_that_ends_gives_its_slots_back(client: QuietClient) -> None:
         thread.start()
         thread.join()
     assert client.armed() == {}
-    assert client.page.words[page.SLOTS_IN_USE] <= 8
+    assert client.page.words[layout.SLOTS_IN_USE] <= 8
 
 
 @short_and_long
@@ -175,10 +175,10 @@ def test_a_million_scopes_take_few_slots_and_little_memory(client: QuietClient, 
     run(0, 2000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # The entries' generations wrap at 2**20 in each slot: begin shortly before.
-    for index in range(int(client.page.words[page.SLOTS_IN_USE])):
-        client.page.words[page.deadline_word(index) + page.ENTRY] = (2.0**20 - 100) * 2.0**32
+    for index in range(int(client.page.words[layout.SLOTS_IN_USE])):
+        client.page.words[layout.deadline_word(index) + layout.ENTRY] = (2.0**20 - 100) * 2.0**32
     run(2000, 2000 + size.of(10_000, 30_000, 100_000))
-    assert client.page.words[page.SLOTS_IN_USE] <= 16
+    assert client.page.words[layout.SLOTS_IN_USE] <= 16
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8192
     with hangwatch.expires(60, "after all"):
         assert client.armed() == {"after all": 1}
@@ -188,10 +188,10 @@ def test_a_million_scopes_take_few_slots_and_little_memory(client: QuietClient, 
 def test_at_the_cap_a_block_runs_unwatched_with_one_warning(
     client: QuietClient, caplog: pytest.LogCaptureFixture, size: Size
 ) -> None:
-    capacity = size.of(300, page.CAPACITY, page.CAPACITY)
+    capacity = size.of(300, layout.CAPACITY, layout.CAPACITY)
     with contextlib.ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(page, "CAPACITY", capacity)
+            patch.setattr(layout, "CAPACITY", capacity)
             for number in range(capacity + 50):
                 stack.enter_context(hangwatch.expires(60, f"block {number % 50}"))
         assert sum(client.armed().values()) == capacity
@@ -203,7 +203,7 @@ def test_slots_change_hands_at_the_cap_and_none_is_lost(
     client: QuietClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More threads than slots, each with scopes of its own, few of them open at once."""
-    monkeypatch.setattr(page, "CAPACITY", 12)
+    monkeypatch.setattr(layout, "CAPACITY", 12)
     problems: list[str] = []
     unwatched = 0
     start = threading.Barrier(8)
@@ -225,7 +225,7 @@ def test_slots_change_hands_at_the_cap_and_none_is_lost(
                     unwatched += 1
                 elif (
                     words[slot.deadline_at] == 0.0
-                    or page.read_details(client.page.memory, slot.index).scope != scope
+                    or layout.read_details(client.page.memory, slot.index).scope != scope
                 ):
                     problems.append(scope)
             exit_block(None, None, None)
@@ -237,7 +237,7 @@ def test_slots_change_hands_at_the_cap_and_none_is_lost(
         for thread in threads:
             thread.join()
     assert problems == []
-    assert client.page.words[page.SLOTS_IN_USE] == 12
+    assert client.page.words[layout.SLOTS_IN_USE] == 12
     assert unwatched < 8 * 1500
 
 
@@ -245,7 +245,7 @@ def test_a_place_never_has_two_owners_while_threads_end(
     client: QuietClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Threads that end give their places back while others, at the cap, take them."""
-    monkeypatch.setattr(page, "CAPACITY", 12)
+    monkeypatch.setattr(layout, "CAPACITY", 12)
     problems: list[str] = []
 
     def run(name: str) -> None:
@@ -254,7 +254,7 @@ def test_a_place_never_has_two_owners_while_threads_end(
             with hangwatch.expires(60, scope):
                 for slot in expiration._local.all_slots():
                     if slot.key == scope and slot.words[slot.deadline_at]:
-                        details = page.read_details(client.page.memory, slot.index)
+                        details = layout.read_details(client.page.memory, slot.index)
                         if details.scope != scope or not slot.words[slot.deadline_at]:
                             problems.append(scope)
 
@@ -273,7 +273,7 @@ def test_without_a_gil_every_slot_counts_as_in_use(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(page_writer, "_GIL", False)
     with quiet_page() as client, hangwatch.expires(60, "one"):
         assert client.armed() == {"one": 1}
-        assert client.page.words[page.SLOTS_IN_USE] == page.CAPACITY
+        assert client.page.words[layout.SLOTS_IN_USE] == layout.CAPACITY
 
 
 def test_tasks_on_one_line_are_independent(client: QuietClient) -> None:
@@ -297,8 +297,8 @@ def test_tasks_on_one_line_are_independent(client: QuietClient) -> None:
             reader = client.reader()
             words = client.page.words
             stored = sum(
-                words[page.deadline_word(index)] > 0
-                for index in range(int(words[page.SLOTS_IN_USE]))
+                words[layout.deadline_word(index)] > 0
+                for index in range(int(words[layout.SLOTS_IN_USE]))
             )
             assert len(reader.armed()) == stored, "a task's end orphaned another task's block"
             reader.close()

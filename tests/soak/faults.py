@@ -42,10 +42,10 @@ RARELY = (
 
 _STRANGER = """
 import mmap, os, random, socket, sys, time
-from hangwatch import page
+from hangwatch.page import layout
 from support.raw_worker import connect, hello, memfd
 descriptor = memfd()
-mapping = mmap.mmap(descriptor, page.PAGE_BYTES)
+mapping = mmap.mmap(descriptor, layout.PAGE_BYTES)
 with connect(sys.argv[1]) as connection:
     try:
         socket.send_fds(connection, [hello(page_fd=descriptor)], [descriptor])
@@ -60,8 +60,10 @@ with connect(sys.argv[1]) as connection:
 """A worker that disturbs the watcher for a while."""
 _GARBAGE = _STRANGER.format(
     act="""
-        at = random.randrange(16, 64 + 20 * page.SLOT_BYTES)
-        mapping[at:at + 64] = random.choice([os.urandom(64), bytes(64), bytes([255]) * 64])
+        at = random.randrange(layout.HEADER_BYTES, layout.slot_byte(20))
+        # Of the header what is not the directory, by which a successor finds the slots.
+        at, size = random.choice([(at, 64)] * 99 + [(16, 32)])
+        mapping[at:at + size] = random.choice([os.urandom(size), bytes(size), bytes([255]) * size])
         try: connection.send(b"!")
         except OSError: pass"""
 )

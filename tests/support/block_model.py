@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hangwatch import page
+from hangwatch.page import layout
 from support.one_worker import TASKS, THREADS
 
 _ROUNDING = 1e-6
@@ -69,7 +69,7 @@ class Block:
     @property
     def deadline(self) -> Between:
         if self.is_cancelled:
-            return exactly(page.NEVER)
+            return exactly(layout.NEVER)
         return self.began + exactly(self.interval)
 
     def renew(self, interval: float | None, at: Between) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from hangwatch import page
+from hangwatch.page import layout
 from hangwatch.watcher.page_reader import PageReader
 from hangwatch.worker import expiration, roads
 from hangwatch.worker.client import ADDRESS_VARIABLE, WorkerClient
@@ -43,7 +43,7 @@ def quiet_page(page_made: bool = True) -> Iterator[QuietClient]:
     address = f"/nowhere/{os.getpid()}/{time.monotonic_ns()}"
     client = QuietClient(address)
     if page_made:
-        client.page.words[page.WATCH_UNTIL] = time.monotonic() + 1e6
+        client.page.words[layout.WATCH_UNTIL] = time.monotonic() + 1e6
     before = os.environ.get(ADDRESS_VARIABLE)
     os.environ[ADDRESS_VARIABLE] = address
     monkeypatch = pytest.MonkeyPatch()

@@ -9,20 +9,21 @@ import socket
 import time
 from typing import Any
 
-from hangwatch import page, wire
+from hangwatch import wire
+from hangwatch.page import layout
 from support.nursery import LIMIT
 
 
 def memfd(
-    size: int = page.PAGE_BYTES,
-    seals: int = page.SEALS,
+    size: int = layout.PAGE_BYTES,
+    seals: int = layout.SEALS,
     header: bytes | None = None,
     flags: int = 0,
 ) -> int:
     """Create a page's memfd, or something like it."""
-    good = page.create_memfd()
+    good = layout.create_memfd()
     if header is None:
-        header = os.pread(good, page.HEADER_BYTES, 0)
+        header = os.pread(good, layout.HEADER_BYTES, 0)
     os.close(good)
     descriptor = os.memfd_create("raw", os.MFD_ALLOW_SEALING | flags)
     os.ftruncate(descriptor, size)

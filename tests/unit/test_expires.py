@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import hangwatch
-from hangwatch import page
+from hangwatch.page import layout
 from support.pages import quiet_page
 
 
@@ -98,7 +98,7 @@ def test_a_long_scope_is_cut_with_a_mark() -> None:
         (scope,) = client.armed()
         assert scope.startswith("äää")
         assert scope.endswith("…")
-        assert len(scope.encode()) <= page._SCOPE_BYTES
+        assert len(scope.encode()) <= layout._SCOPE_BYTES
 
 
 def test_a_long_default_scope_keeps_its_end(tmp_path: Path) -> None:

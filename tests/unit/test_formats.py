@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hangwatch import linux, page, wire
+from hangwatch import linux, wire
 from hangwatch.errors import ProtocolError
 from hangwatch.evidence import faulthandler_text, proc, publish, report
 from hangwatch.evidence.model import (
@@ -32,6 +32,7 @@ from hangwatch.evidence.model import (
     ThreadStack,
     Worker,
 )
+from hangwatch.page import layout
 from hangwatch.process import Identity, parse_stat, read_stat
 from hangwatch.watcher.identity import pidfd_by_number
 from hangwatch.worker.labels import labels_from
@@ -42,7 +43,7 @@ from support.nursery import nursery
 def test_cut_never_exceeds_its_room_nor_breaks_a_character(
     text: str, room: int, keep_end: bool
 ) -> None:
-    encoded = page.cut(text, room, keep_end=keep_end)
+    encoded = layout.cut(text, room, keep_end=keep_end)
     assert len(encoded) <= room
     encoded.decode()
 
@@ -66,22 +67,22 @@ def test_what_is_known_of_a_worker_always_fits_into_a_message(data: st.DataObjec
 
 
 def test_details_survive_the_page() -> None:
-    memory = memoryview(bytearray(page.PAGE_BYTES))
-    written = page.SlotDetails(1.5, 7, 8, "loader", "all_reduce", flags=3, signal=15)
-    page.write_details(memory, 5, written, keep_end=False)
-    read = page.read_details(memory, 5)
-    for name in page.SlotDetails.__slots__:
+    memory = memoryview(bytearray(layout.PAGE_BYTES))
+    written = layout.SlotDetails(1.5, 7, 8, "loader", "all_reduce", flags=3, signal=15)
+    layout.write_details(memory, 5, written, keep_end=False)
+    read = layout.read_details(memory, 5)
+    for name in layout.SlotDetails.__slots__:
         assert getattr(read, name) == getattr(written, name)
-    assert page.read_enclosing(memory, 5) == (None, 0.0)
-    page.write_enclosing(memory, 5, 2, 9.0)
-    assert page.read_enclosing(memory, 5) == (2, 9.0)
+    assert layout.read_enclosing(memory, 5) == (None, 0.0)
+    layout.write_enclosing(memory, 5, 2, 9.0)
+    assert layout.read_enclosing(memory, 5) == (2, 9.0)
 
 
 def test_an_entry_counts_within_its_generation() -> None:
-    entry = page.next_generation(0.0)
-    assert page.times_entered(entry + 3) == 3
-    assert page.next_generation(entry + 3) > entry + 3
-    assert page.next_generation((2.0**20 - 1) * 2.0**32 + 5) == 0.0
+    entry = layout.next_generation(0.0)
+    assert layout.times_entered(entry + 3) == 3
+    assert layout.next_generation(entry + 3) > entry + 3
+    assert layout.next_generation((2.0**20 - 1) * 2.0**32 + 5) == 0.0
 
 
 @given(st.binary(max_size=300))
@@ -117,7 +118,7 @@ def test_an_error_file_that_can_t_be_sent_costs_nothing_else(path: str) -> None:
     assert received.labels == hello.labels
     assert received.error_file in (path, None)
     with pytest.raises(ProtocolError):
-        wire.decode_hello(json.dumps({"hangwatch": 1, "error_file": 3}).encode())
+        wire.decode_hello(json.dumps({"hangwatch": 3, "error_file": 3}).encode())
 
 
 @given(
@@ -142,9 +143,9 @@ def test_a_hello_of_the_wrong_shape_is_refused_not_crashed_on(fields: dict[str, 
 
 
 def test_another_version_is_told_what_to_do() -> None:
-    with pytest.raises(ProtocolError, match="install the same version"):
+    with pytest.raises(ProtocolError, match="install the same hangwatch"):
         wire.decode_hello(b'{"hangwatch": 99}')
-    with pytest.raises(ProtocolError, match="speaks protocol 2"):
+    with pytest.raises(ProtocolError, match="speaks version 2"):
         wire.decode_reply(b'{"hangwatch": 2}')
 
 

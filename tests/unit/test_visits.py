@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from fuzz.bounds import in_time
-from hangwatch import page
 from hangwatch.evidence.model import Case
-from hangwatch.page import DEADLINE, ENTRY, LIMIT, SLOTS_IN_USE, deadline_word
+from hangwatch.page import layout
+from hangwatch.page.layout import DEADLINE, ENTRY, LIMIT, SLOTS_IN_USE, deadline_word
+from hangwatch.page.view import Armed
 from hangwatch.process import Identity
 from hangwatch.watcher import watcher as watcher_module
 from hangwatch.watcher.case import case_of
-from hangwatch.watcher.page_reader import Armed
 from hangwatch.watcher.settings import OnExpiry, Settings
 from hangwatch.watcher.visit import visit
 from hangwatch.watcher.watched import Watched
@@ -155,12 +155,12 @@ def test_reading_a_page_of_nonsense_takes_no_time_and_says_something() -> None:
     rng = random.Random(11)
     with quiet_page() as client:
         reader, words, memory = client.reader(), client.page.words, client.page.memory
-        words[SLOTS_IN_USE] = page.CAPACITY
+        words[SLOTS_IN_USE] = layout.CAPACITY
 
         def read(kind: bytes) -> None:
             armed = reader.armed()
-            assert len(armed) == {b"chain": page.CAPACITY, b"ring": 0}.get(kind, len(armed))
-            for slot in [*armed[:3], Armed(0, 7.0, 1.0), Armed(page.CAPACITY - 1, 7.0, 1.0)]:
+            assert len(armed) == {b"chain": layout.CAPACITY, b"ring": 0}.get(kind, len(armed))
+            for slot in [*armed[:3], Armed(0, 7.0, 1.0), Armed(layout.CAPACITY - 1, 7.0, 1.0)]:
                 spent = reader.spent(slot, 5.0)
                 assert all(isfinite(t or 0.0) for t in (spent.limit, spent.inside))
                 assert len(reader.within(slot)) <= 32
@@ -176,15 +176,15 @@ def test_reading_a_page_of_nonsense_takes_no_time_and_says_something() -> None:
             assert 0 <= reader.raise_signal() <= 64
 
         for kind in (b"chain", b"ring", b"ring of pauses", b"noise"):
-            for index in range(page.CAPACITY):
+            for index in range(layout.CAPACITY):
                 at = deadline_word(index)
                 if kind == b"noise":
-                    start = page.slot_byte(index)
-                    memory[start : start + page.SLOT_BYTES] = rng.randbytes(page.SLOT_BYTES)
+                    start = layout.slot_byte(index)
+                    memory[start : start + layout.SLOT_BYTES] = rng.randbytes(layout.SLOT_BYTES)
                     continue
                 words[at + DEADLINE], words[at + ENTRY], words[at + LIMIT] = 1.0, 7.0, 1.0
-                outer = index - 1 if index or kind == b"chain" else page.CAPACITY - 1
-                memory[page.slot_byte(index) + 48] = page.PAUSES * (kind != b"ring")
-                page.write_enclosing(memory, index, outer if outer >= 0 else None, 7.0)
+                outer = index - 1 if index or kind == b"chain" else layout.CAPACITY - 1
+                memory[layout.slot_byte(index) + 48] = layout.PAUSES * (kind != b"ring")
+                layout.write_enclosing(memory, index, outer if outer >= 0 else None, 7.0)
             in_time(read, kind)
         reader.close()

@@ -13,9 +13,13 @@ from collections.abc import Collection
 from hangwatch.errors import AddressError
 from hangwatch.failpoints import failpoint
 from hangwatch.folder import known_folder
+from hangwatch.page.layout import VERSION
 
 SHARED = "/run/hangwatch-shared"
 """Where root listens for other users: their way into its own folders is barred."""
+
+NAMES_BEGIN = f"v{VERSION}-"
+"""How a socket's name begins: a watcher of another version is none to connect to, or to replace."""
 
 LONGEST = 107  # unix(7): sun_path is 108 bytes, the last one NUL
 
@@ -33,12 +37,12 @@ def default_directory() -> str:
 
 def default_address(shared: bool = False) -> str:
     """Return where `hangwatch serve` listens if nothing else is said; see `listen`."""
-    return f"{SHARED if shared else default_directory()}/watcher.sock"
+    return f"{SHARED if shared else default_directory()}/{NAMES_BEGIN}watcher.sock"
 
 
 def private_address(shared: bool = False) -> str:
     """Return an address that no other watcher has; see `listen`."""
-    name = f"{os.getpid()}-{secrets.token_hex(4)}.sock"
+    name = f"{NAMES_BEGIN}{os.getpid()}-{secrets.token_hex(4)}.sock"
     if shared:
         return f"{SHARED}/{name}"
     path = f"{default_directory()}/{name}"

@@ -1,7 +1,8 @@
 """Where a pair's client finds the watcher that its server started.
 
 A queue or a FIFO is known by its device and inode. A symbolic link of that name, in the
-user's own folder, leads to the socket of the watcher beside it.
+user's own folder, leads to the socket of the watcher beside it. The name has the version in
+it: a client of another one finds no watcher, and goes the legacy road, which it shares.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import contextlib
 import os
 
 from hangwatch.folder import known_folder
+from hangwatch.page.layout import VERSION
+
+_NAMES_BEGIN = f"v{VERSION}-pair-"
 
 
 def link_of(status: os.stat_result) -> str:
     """Return the link of the queue's pipe, or the FIFO, that has this status."""
-    return f"{known_folder()}/pair-{status.st_dev:x}-{status.st_ino:x}"
+    return f"{known_folder()}/{_NAMES_BEGIN}{status.st_dev:x}-{status.st_ino:x}"
 
 
 def publish(link: str, address: str) -> None:
@@ -41,5 +45,5 @@ def sweep() -> None:
     """Remove what servers left that did not end by themselves."""
     with contextlib.suppress(OSError), os.scandir(known_folder()) as entries:
         for entry in entries:
-            if entry.name.startswith("pair-") and not os.path.exists(entry.path):
+            if entry.name.startswith(_NAMES_BEGIN) and not os.path.exists(entry.path):
                 withdraw(entry.path, os.readlink(entry.path))

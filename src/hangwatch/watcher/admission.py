@@ -52,12 +52,10 @@ def admit(connection: socket.socket, allowed_uids: frozenset[int]) -> tuple[Watc
             os.close(descriptor)
 
 
-def refuse(connection: socket.socket, reason: str) -> None:
+def refuse(connection: socket.socket, reason: Exception) -> None:
     """Tell a newcomer why it isn't welcome, and hang up."""
     with contextlib.suppress(OSError):
-        connection.send(
-            wire.encode_reply(wire.Reply(reason)), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-        )
+        connection.send(wire.refusal_of(reason), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
     connection.close()
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from time import monotonic
 
-from hangwatch import page
 from hangwatch.evidence import proc
 from hangwatch.evidence.model import GAP, Case, OpenScope, OtherWorker, Scope, ScopeThread, Worker
-from hangwatch.watcher.page_reader import Armed, Overdue, PageReader, Standstill
+from hangwatch.page import layout
+from hangwatch.page.view import Armed
+from hangwatch.watcher.page_reader import Overdue, PageReader, Standstill
 from hangwatch.watcher.watched import Watched
 
 
@@ -49,7 +50,7 @@ def _scope(worker: Watched, slot: Armed, at: float) -> Scope:
         limit_s=spent.limit,
         inside_s=spent.inside,
         late_s=at - slot.deadline,
-        entry=page.times_entered(slot.entry),
+        entry=layout.times_entered(slot.entry),
         thread=ScopeThread(details.ident, worker.thread_id(details.native_id), details.thread_name),
         enclosing=[outer.scope for outer in enclosing],
         within=[inner.scope for inner in worker.reader.within(slot)],
@@ -80,7 +81,7 @@ def doing_of(worker: Watched) -> OtherWorker:
         scope
         for slot in armed
         # Of one without a deadline an inner block may stand for it.
-        if slot.deadline < page.NEVER
+        if slot.deadline < layout.NEVER
         and (scope := _open_scope(reader, slot, now if slot in pausing else stands_at)) is not None
     ]
     return OtherWorker(worker.identity.pid, worker.hello.labels, scopes)
@@ -95,6 +96,6 @@ def _open_scope(reader: PageReader, slot: Armed, at: float) -> OpenScope | None:
         details.scope,
         spent.limit,
         max(0.0, spent.inside),
-        page.times_entered(slot.entry),
+        layout.times_entered(slot.entry),
         details.pauses,
     )

@@ -21,9 +21,10 @@ from hangwatch.evidence.model import Action, Evidence, Outcome, Report
 from hangwatch.evidence.report import facts, headline
 from hangwatch.evidence.stacks import Asked
 from hangwatch.failpoints import failpoint
+from hangwatch.page.view import Armed
 from hangwatch.watcher.descendants import Doomed, Sentence, Tree
 from hangwatch.watcher.error_file import ErrorFile
-from hangwatch.watcher.page_reader import ENDED, PAUSED, Armed
+from hangwatch.watcher.page_reader import ENDED, PAUSED
 from hangwatch.watcher.raising import SoftEnding
 from hangwatch.watcher.reporter import BY_ANOTHER, RAISE, Reporter, name_of
 from hangwatch.watcher.settings import OnExpiry

@@ -9,9 +9,10 @@ from hangwatch import linux
 from hangwatch.evidence.model import ScopeThread
 from hangwatch.evidence.stacks import who_takes
 from hangwatch.failpoints import failpoint
+from hangwatch.page.view import Armed
 from hangwatch.process import Identity
 from hangwatch.watcher.fair_clock import FairClock
-from hangwatch.watcher.page_reader import Armed, Overdue, PageReader
+from hangwatch.watcher.page_reader import Overdue, PageReader
 from hangwatch.watcher.reporter import StartHelper
 
 _ANSWER_WITHIN = 1.0

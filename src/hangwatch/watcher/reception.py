@@ -8,14 +8,17 @@ import resource
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from time import monotonic
 
 from hangwatch.errors import ProtocolError
 from hangwatch.failpoints import failpoint
 from hangwatch.handover import close_all
 from hangwatch.watcher import admission
+from hangwatch.watcher.identity import credentials_of
 from hangwatch.watcher.keeper_link import KeeperLink
 from hangwatch.watcher.loop import Loop
+from hangwatch.watcher.refusals import Refusals
 from hangwatch.watcher.takeover import descriptors_of, state_of
 from hangwatch.watcher.watched import Watched
 
@@ -63,6 +66,7 @@ class Reception:
         self._keeper = keeper
         self._allowed_uids = allowed_uids
         self._welcome = welcome
+        self._refusals = Refusals()
         self._newcomers: dict[int, _Newcomer] = {}
         self._offered: dict[int, _Newcomer] = {}
         keeper.on_answer = self._answered
@@ -75,13 +79,18 @@ class Reception:
             self._loop.add(self._listener.fileno(), self._accept)
         for newcomer in list(self._newcomers.values()):
             if newcomer.until < now:
-                self._dismiss(newcomer, "no hello came in time")
+                self._dismiss(newcomer, ProtocolError("no hello came in time"))
         for number, newcomer in list(self._offered.items()):
             if not self._keeper.alive:
                 self._answered(number, None)
             elif newcomer.until < now:
                 self._keeper.drop(number)
                 self._answered(number, "the watcher's keeper does not answer: is it stopped?")
+        self._refusals.tick(now)
+
+    def end(self) -> None:
+        """Log what has not been logged yet."""
+        self._refusals.tick(inf)
 
     def _accept(self) -> None:
         for _ in range(64):
@@ -110,7 +119,7 @@ class Reception:
         except BlockingIOError:
             return
         except (ProtocolError, OSError) as error:
-            self._dismiss(newcomer, str(error))
+            self._dismiss(newcomer, error)
             return
         failpoint("handshake.heard")
         self._forget(newcomer)
@@ -144,13 +153,16 @@ class Reception:
             failpoint("handshake.kept")
             self._welcome(newcomer.worker)
         else:
-            _log.warning("refused a newcomer: %s", reason)
-            admission.refuse(newcomer.connection, reason)
+            self._refuse(newcomer, ProtocolError(reason))
             newcomer.worker.close()
 
-    def _dismiss(self, newcomer: _Newcomer, reason: str) -> None:
-        _log.warning("refused a newcomer: %s", reason)
+    def _dismiss(self, newcomer: _Newcomer, reason: Exception) -> None:
         self._forget(newcomer)
+        self._refuse(newcomer, reason)
+
+    def _refuse(self, newcomer: _Newcomer, reason: Exception) -> None:
+        pid, _ = credentials_of(newcomer.connection)
+        self._refusals.note(pid, str(reason), monotonic())
         admission.refuse(newcomer.connection, reason)
 
     def _forget(self, newcomer: _Newcomer) -> None:

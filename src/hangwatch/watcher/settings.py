@@ -7,7 +7,7 @@ import signal
 from dataclasses import dataclass
 from enum import StrEnum
 
-from hangwatch import page
+from hangwatch.page import layout as page
 
 SIGNAL_GRACE = 5.0
 """Seconds between a step other than SIGKILL and the next one, if no grace was set."""

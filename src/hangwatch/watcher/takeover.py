@@ -17,6 +17,7 @@ from typing import Any
 from hangwatch import wire
 from hangwatch.errors import ProtocolError
 from hangwatch.handover import Kept, close_all
+from hangwatch.page.view import Armed
 from hangwatch.process import Identity
 from hangwatch.watcher.descendants import Sentence
 from hangwatch.watcher.events import Event
@@ -27,7 +28,7 @@ from hangwatch.watcher.identity import (
     kernel_gives_pidfds,
     read_out,
 )
-from hangwatch.watcher.page_reader import Armed, PageReader
+from hangwatch.watcher.page_reader import PageReader
 from hangwatch.watcher.watched import Watched
 
 # A worker that is only reported on may have this many open blocks that were reported.

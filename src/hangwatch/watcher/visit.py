@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from math import inf
 
 from hangwatch.failpoints import failpoint
-from hangwatch.watcher.page_reader import Armed, Overdue, PageReader
+from hangwatch.page.view import Armed
+from hangwatch.watcher.page_reader import Overdue, PageReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +62,13 @@ def visit(
     armed = reader.armed()
     failpoint("visit.read")
     now = clock()
-    times = [(max(slot.deadline, judged.get(slot, 0.0)), slot) for slot in _running(reader, armed)]
+    running = reader.running(armed)
+    times = [(max(slot.deadline, judged.get(slot, 0.0)), slot) for slot in running]
     due = sorted((slot for when, slot in times if when <= now), key=lambda slot: slot.deadline)
     # The worker went on while we read: what was armed within a pause may have been found, and
     # the pause not. Whatever changed since the promise was taken back, the worker rings for.
     if due:
-        still = set(_running(reader, reader.armed()))
+        still = set(reader.running(reader.armed()))
         due = [slot for slot in due if slot in still]
     again = min((when for when, _ in times if when > now), default=inf)
     # A slot in use that is unarmed just now will be armed again before long. Promising
@@ -79,8 +81,3 @@ def visit(
     reader.promise(again)
     failpoint("visit.promised")
     return Visit(due, bool(armed), entries, again)
-
-
-def _running(reader: PageReader, armed: list[Armed]) -> list[Armed]:
-    """Return those whose time runs: while any of them pauses the page, only such."""
-    return [slot for slot in armed if reader.pauses(slot)] or armed

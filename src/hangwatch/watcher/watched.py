@@ -124,7 +124,7 @@ class Watched:
     def forget_ended(self) -> None:
         """Forget the judged blocks that have ended."""
         self.judged = {
-            found: when for found, when in self.judged.items() if self.reader.is_open(found)
+            found: when for found, when in self.judged.items() if self.reader.lasts(found)
         }
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from hangwatch.evidence.model import OtherWorker
 from hangwatch.evidence.report import overrun
 from hangwatch.failpoints import failpoint
 from hangwatch.handover import Kept
+from hangwatch.page.view import Armed
 from hangwatch.watcher.case import case_of, doing_of
 from hangwatch.watcher.descendants import Sentence, end_doomed
 from hangwatch.watcher.events import Events
@@ -30,7 +31,7 @@ from hangwatch.watcher.incident import Incident
 from hangwatch.watcher.keeper_link import PING_EVERY, KeeperLink
 from hangwatch.watcher.loop import READABLE, Loop, guarded
 from hangwatch.watcher.news import coming_or_going, of_incident
-from hangwatch.watcher.page_reader import Armed, Overdue
+from hangwatch.watcher.page_reader import Overdue
 from hangwatch.watcher.reception import Reception
 from hangwatch.watcher.reporter import RAISE
 from hangwatch.watcher.settings import Settings, Wishes
@@ -159,6 +160,7 @@ class Watcher:
             self._visit_due()
             self._resume_incidents()
             self._tick()
+        self._reception.end()
         for worker in self._workers.values():
             # Nobody keeps what was promised: whoever arms shall ring, and find that out.
             worker.reader.promise(0.0)

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from math import inf
 from types import CodeType
 
-from hangwatch import page
+from hangwatch.page import layout as page
 from hangwatch.worker.slots import Scope
 
 LAST_SIGNAL = 64

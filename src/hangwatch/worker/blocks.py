@@ -8,8 +8,8 @@ from collections.abc import Hashable
 from math import inf
 from time import monotonic
 
-from hangwatch import page
 from hangwatch.errors import UnsupportedError
+from hangwatch.page import layout as page
 from hangwatch.worker.slots import VOID_SLOT, Scope, Slot
 
 TYPE_CHECKING = False  # typing itself takes long to import

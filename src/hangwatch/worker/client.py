@@ -9,8 +9,9 @@ from collections.abc import Callable, Hashable
 from math import inf
 from time import monotonic
 
-from hangwatch import linux, page
-from hangwatch.errors import HangwatchError, NotConfiguredError
+from hangwatch import linux
+from hangwatch.errors import HangwatchError, NotConfiguredError, VersionError
+from hangwatch.page import layout as page
 from hangwatch.worker import connection, debugger_notice, soft_ending, stack_channel
 from hangwatch.worker.blocks import PausingBlock
 from hangwatch.worker.connection import WatcherSocket
@@ -32,8 +33,8 @@ class WorkerClient:
     """What `expires` talks to: gives out slots, keeps the watcher informed.
 
     It connects when it is first needed, and says in one warning if it can't. After
-    that the process runs unwatched and tries again at most once a second; while somebody
-    listens but doesn't answer, which holds up the caller, ever more seldom.
+    that the process runs unwatched and tries again at most once a second; ever more seldom
+    while somebody listens but doesn't answer, which holds up the caller, or is of another version.
 
     Args:
         address: path of the watcher's socket, or ``off``.
@@ -161,7 +162,8 @@ class WorkerClient:
             self.connect()
         except (HangwatchError, OSError, ImportError) as error:
             held_up = monotonic() - now > connection.ANSWER_WITHIN / 2
-            self._pause = min(2 * self._pause, _SELDOM) if held_up else _TRY_AGAIN_AFTER
+            seldom = held_up or isinstance(error, VersionError)
+            self._pause = min(2 * self._pause, _SELDOM) if seldom else _TRY_AGAIN_AFTER
             self._try_at = monotonic() + self._pause
             self._expect_nobody()
             return error

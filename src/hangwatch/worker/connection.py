@@ -53,7 +53,8 @@ def connect(
         AddressError: the address can't be a watcher's: whoever set it is at fault.
         WatcherUnavailableError: nobody answers there within `ANSWER_WITHIN`, the
             watcher refuses this process, or belongs to another user.
-        ProtocolError: whoever answers is no watcher of this protocol's version.
+        ProtocolError: whoever answers is no watcher.
+        VersionError: it is a watcher of another version.
     """
     # Imported by who connects: json and dataclasses take long.
     from hangwatch import wire
@@ -78,7 +79,7 @@ def connect(
             )
             answer = _converse(connection, address, wire.encode_hello(hello), descriptors, until)
             if answer:
-                reply = wire.decode_reply(answer)
+                reply = wire.decode_reply(answer, f"the watcher at {address}")
                 if reply.reason is not None:
                     raise WatcherUnavailableError(
                         f"the watcher at {address} refuses this process: {reply.reason}"

@@ -15,7 +15,7 @@ from time import monotonic
 from types import CodeType
 
 from hangwatch.errors import UnsupportedError
-from hangwatch.page import WATCH_UNTIL
+from hangwatch.page.layout import WATCH_UNTIL
 from hangwatch.worker.acquired import Holder, holder
 from hangwatch.worker.arguments import (
     NOTHING_ASKED,

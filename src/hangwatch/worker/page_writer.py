@@ -23,7 +23,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Container, Hashable
 
-from hangwatch import linux, page
+from hangwatch import linux
+from hangwatch.page import layout as page
+from hangwatch.page.view import View
 from hangwatch.worker.own_descriptor import OwnDescriptor
 from hangwatch.worker.pauses import Pauses
 from hangwatch.worker.slots import TAKEN, VOID_SLOT, Scope, Slot, ThreadSlots
@@ -71,6 +73,7 @@ class PageWriter:
     Attributes:
         descriptor: the page's memfd, owned by this object.
         memory: the page's bytes.
+        view: what the page says.
         pauses: what suspends its timers.
 
     Raises:
@@ -91,7 +94,8 @@ class PageWriter:
         self._next_index = itertools.count()
         self._slots: dict[int, Slot] = {}
         self._per_thread = _PerThread()
-        self.pauses = Pauses(self.memory)
+        self.view = View(self.memory)
+        self.pauses = Pauses(self.view, self.words)
 
     def choose(self, key: Hashable, after: object, limit: float, scope: Scope) -> Slot:
         """Claim a slot of the calling thread that is not armed.
@@ -151,16 +155,14 @@ class PageWriter:
         thread = self._per_thread.thread
         if thread is None:
             return []
-        paused = self.pauses.are_open()
+        slots = {slot.index: slot for slot in thread.all_slots()}
         return [
             slot
-            for slot in thread.all_slots()
-            if slot.task == 0
-            and (slot.scope.pauses or not paused)
+            for armed in self.view.overdue(now)
+            if (slot := slots.get(armed.index)) is not None
             and slot.scope.on_expiry in on_expiry
-            and 0.0 < (deadline := slot.words[slot.deadline_at]) <= now
-            and slot.raised != ((entry := slot.words[slot.entry_at]), deadline)
-            and slot.is_watched(entry)
+            and slot.raised != (armed.entry, armed.deadline)
+            and not self.view.is_in_task(armed)
         ]
 
     def make_private(self) -> None:

@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from functools import partial
 from time import monotonic
 
-from hangwatch import page
+from hangwatch.page import layout
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
+    from hangwatch.page.view import View
     from hangwatch.worker.slots import Slot
 
 
@@ -26,12 +27,13 @@ class Pauses:
     """The pauses of one page.
 
     Args:
-        memory: the page.
+        view: what the page says.
+        words: the page's words, to be changed.
     """
 
-    def __init__(self, memory: memoryview) -> None:
-        self._memory = memory
-        self._words = memory.cast("d")
+    def __init__(self, view: View, words: memoryview[float]) -> None:
+        self._view = view
+        self._words = words
         self._pid = os.getpid()
         # Reentrant: a signal handler may pause, too. Taken and given back in C, so no
         # exception can leave it held.
@@ -46,7 +48,8 @@ class Pauses:
 
     def are_open(self) -> bool:
         """Tell whether the page's timers are suspended."""
-        return any(slot.is_watched(entry) for slot, entry in self._pausing)
+        # Mostly none was ever begun, and nothing needs to be read.
+        return bool(self._pausing) and self._view.is_paused()
 
     def stand_since(self) -> float | None:
         """Return since when the page's timers are suspended; None: they run."""
@@ -97,21 +100,23 @@ class Pauses:
             self.end(slot, entry)
 
     def _forget_ended(self) -> None:
-        self._pausing = [(slot, entry) for slot, entry in self._pausing if slot.is_watched(entry)]
+        self._pausing = [
+            (slot, entry)
+            for slot, entry in self._pausing
+            if self._view.is_watched(slot.index, entry)
+        ]
 
     def _moves_of(self, since: float, until: float) -> Iterator[tuple[int, float, float]]:
         """Yield which words of suspended blocks must change, and how."""
-        words = self._words
-        for index in range(int(words[page.SLOTS_IN_USE])):
-            at = page.deadline_word(index)
-            deadline, entry = words[at], words[at + page.ENTRY]
+        view = self._view
+        for slot in view.open_slots().values():
             # What was due before has no time left that could be given back.
-            if deadline <= since or page.pauses(self._memory, index):
+            if slot.deadline <= since or view.is_pause(slot.index):
                 continue
-            limit = words[at + page.LIMIT]
-            if words[at + page.RENEWED_ENTRY] == entry:
-                limit, entered = words[at + page.RENEWED_LIMIT], words[at + page.ENTERED]
-                yield at + page.ENTERED, entered, entered + until - max(since, entered)
-            if deadline < page.NEVER:
-                began = deadline - limit
-                yield at, deadline, deadline + max(0.0, until - max(since, began))
+            at = layout.deadline_word(slot.index)
+            if view.is_renewed(slot):
+                entered = view.entered(slot)
+                yield at + layout.ENTERED, entered, entered + until - max(since, entered)
+            if slot.deadline < layout.NEVER:
+                began = slot.deadline - view.interval(slot)
+                yield at, slot.deadline, slot.deadline + max(0.0, until - max(since, began))

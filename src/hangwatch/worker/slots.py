@@ -10,8 +10,8 @@ from functools import partial
 from math import inf
 from time import monotonic
 
-from hangwatch import page
 from hangwatch.errors import UnsupportedError
+from hangwatch.page import layout as page
 from hangwatch.worker.tasks import Asyncio, current_task
 
 TYPE_CHECKING = False  # typing itself takes long to import

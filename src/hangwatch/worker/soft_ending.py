@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable
 from time import monotonic
 from types import FrameType
 
-from hangwatch import page
 from hangwatch.errors import TimerExpired
+from hangwatch.page import layout as page
 from hangwatch.worker.free_signals import free_signals
 
 TYPE_CHECKING = False  # typing itself takes long to import

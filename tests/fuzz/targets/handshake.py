@@ -15,16 +15,18 @@ from time import monotonic
 from zlib import crc32
 
 from fuzz.bounds import check_report, strict
-from hangwatch import handover, page, wire
+from hangwatch import handover, wire
 from hangwatch.errors import ProtocolError
 from hangwatch.evidence import proc
 from hangwatch.evidence.model import Case, Evidence, Scope, ScopeThread, Worker
 from hangwatch.handover import Kept
+from hangwatch.page import layout
 from hangwatch.watcher import admission, events, news, takeover
 from hangwatch.watcher.watched import Watched
 
 TOKENS = [
     b"NOW",
+    f'"hangwatch": {wire.VERSION}'.encode(),
     b'"hangwatch": 1',
     b'"page_fd": 3',
     b'"monotonic": NOW',
@@ -106,7 +108,7 @@ def _check_labels(again: wire.Hello, hello: wire.Hello) -> None:
 def _check_admission(data: bytes) -> None:
     """Let a watcher hear it, and a successor take over whom it admits."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    descriptors = [page.create_memfd() for _ in range(crc32(data) % 4)]
+    descriptors = [layout.create_memfd() for _ in range(crc32(data) % 4)]
     with ours, theirs:
         if descriptors:
             socket.send_fds(theirs, [data], descriptors)

@@ -9,7 +9,8 @@ An input is text, one assignment a line: slots, field, value:
     0 entry nan
 
 The page has room for 64 slots, so that many can be tried, or for all that there are if the
-first line is `large`. `@1` is the slot after the one in question. A line `--` ends what stands
+first line is `large`. Its directory has the slots, and room for a second area (`areas 2`, then
+`name2` and the rest). `@1` is the slot after the one in question. A line `--` ends what stands
 in the page at first; what follows is written while the watcher reads. `bytes` as the first
 line makes all that follows it the slots' memory, again and again. What is none of this is
 passed over.
@@ -28,16 +29,16 @@ from contextlib import suppress
 from math import inf, isfinite, isnan
 from signal import SIGRTMAX
 from typing import Any
-from unittest.mock import patch
 
 from fuzz.bounds import check_report, strict
-from hangwatch import page
 from hangwatch.errors import PageError
 from hangwatch.evidence.model import Case, Evidence
 from hangwatch.evidence.report import overrun
+from hangwatch.page import layout
+from hangwatch.page.view import Armed
 from hangwatch.process import Identity
 from hangwatch.watcher import case, news, takeover
-from hangwatch.watcher.page_reader import LONGEST_GRACE, Armed, PageReader, Standstill
+from hangwatch.watcher.page_reader import LONGEST_GRACE, PageReader, Standstill
 from hangwatch.watcher.settings import OnExpiry, Settings, Wishes
 from hangwatch.watcher.verdict import Verdict
 from hangwatch.watcher.visit import visit
@@ -46,11 +47,25 @@ from hangwatch.wire import Hello
 
 NOW = 1000.0
 _MOST_LINES = 64
-_HEADER = {"magic": (0, "8s"), "capacity": (8, "Q"), "in_use": (24, "d"), "raise": (32, "d")}
+_HEADER = {
+    "magic": (0, "8s"),
+    "size": (8, "Q"),
+    "in_use": (24, "d"),
+    "raise": (32, "d"),
+    "areas": (48, "Q"),
+    **{
+        f"{field}{number or ''}": (at + (88 - 56) * (number == 2), kind)
+        for number in (0, 2)
+        for field, at, kind in (
+            *(("name", 56, "8s"), ("offset", 64, "Q")),
+            *(("row_bytes", 72, "Q"), ("rows", 80, "Q")),
+        )
+    },
+}
 _SLOT = {
-    "deadline": (8 * page.DEADLINE, "d"),
-    "entry": (8 * page.ENTRY, "d"),
-    "limit": (8 * page.LIMIT, "d"),
+    "deadline": (8 * layout.DEADLINE, "d"),
+    "entry": (8 * layout.ENTRY, "d"),
+    "limit": (8 * layout.LIMIT, "d"),
     "ident": (32, "Q"),
     "native_id": (40, "Q"),
     "flags": (48, "I"),
@@ -58,11 +73,11 @@ _SLOT = {
     "enclosing": (56, "Q"),
     "enclosing_entry": (64, "d"),
     "grace": (72, "d"),
-    "renewed_entry": (8 * page.RENEWED_ENTRY, "d"),
-    "entered": (8 * page.ENTERED, "d"),
-    "renewed_limit": (8 * page.RENEWED_LIMIT, "d"),
-    "raised_entry": (8 * page.RAISED_ENTRY, "d"),
-    "task_entry": (8 * page.TASK_ENTRY, "d"),
+    "renewed_entry": (8 * layout.RENEWED_ENTRY, "d"),
+    "entered": (8 * layout.ENTERED, "d"),
+    "renewed_limit": (8 * layout.RENEWED_LIMIT, "d"),
+    "raised_entry": (8 * layout.RAISED_ENTRY, "d"),
+    "task_entry": (8 * layout.TASK_ENTRY, "d"),
     "name": (120, "24s"),
     "scope": (144, "176s"),
 }
@@ -82,15 +97,12 @@ TOKENS = [
 
 def check(data: bytes) -> None:
     """Visit a page, judge what is due there, and write the reports."""
-    with patch.object(page, "CAPACITY", page.CAPACITY if data.startswith(b"large\n") else 64):
-        _check_page(data)
-
-
-def _check_page(data: bytes) -> None:
     first, *later = _steps(data)
-    descriptor = page.create_memfd()
+    slots = layout.CAPACITY if data.startswith(b"large\n") else 64
+    area = layout.Area("slots", layout.HEADER_BYTES, layout.SLOT_BYTES, slots)
+    descriptor = layout.create_memfd(area)
     try:
-        memory = mmap.mmap(descriptor, page.PAGE_BYTES)
+        memory = mmap.mmap(descriptor, area.end)
         _write(memory, first)
         try:
             reader = PageReader(descriptor)
@@ -119,7 +131,7 @@ def _check_worker(worker: Watched, change: Callable[[], bool]) -> None:
     found = visit(reader, change, lambda: NOW, [0.0, 1.0], {})
     assert not isnan(found.again)
     assert found.again >= NOW
-    assert len(found.entries) <= page.CAPACITY
+    assert len(found.entries) <= layout.CAPACITY
     assert all(0 < slot.deadline <= NOW for slot in found.due)
     deadlines = [slot.deadline for slot in found.due]
     assert deadlines == sorted(deadlines)
@@ -148,7 +160,7 @@ def _check_verdict(worker: Watched, slot: Armed) -> None:
     wishes = reader.wishes(slot)
     _check_wishes(wishes)
     reader.details(slot)
-    reader.is_open(slot)
+    reader.lasts(slot)
     reader.is_in_task(slot)
     reader.was_raised(slot)
     change = reader.change_of(slot)
@@ -162,7 +174,7 @@ def _check_verdict(worker: Watched, slot: Armed) -> None:
     assert len(scope["name"]) <= 176
     assert len(scope["thread"]["name"]) <= 24
     assert len(scope["within"]) < 32
-    assert len(scope["enclosing"]) < page.CAPACITY
+    assert len(scope["enclosing"]) < layout.CAPACITY
     assert 0 <= scope["entry"] <= 2**32
     ladder = Settings().ladder(wishes, known.worker.pid)
     verdict = Verdict(worker, slot, NOW, known, {}, ladder, wishes)
@@ -195,10 +207,10 @@ def _steps(data: bytes) -> list[bytes]:
 def _write(memory: mmap.mmap, step: bytes) -> None:
     if step.startswith(b"bytes\n"):
         content = step[6:] or b"\0"
-        room = 64 * page.SLOT_BYTES
+        room = 64 * layout.SLOT_BYTES
         memory[24:32] = struct.pack("=d", 64.0)
         tiled = (content * (room // len(content) + 1))[:room]
-        memory[page.HEADER_BYTES : page.HEADER_BYTES + room] = tiled
+        memory[layout.HEADER_BYTES : layout.HEADER_BYTES + room] = tiled
         return
     for line in step.split(b"\n")[:_MOST_LINES]:
         with suppress(ValueError, KeyError, struct.error, OverflowError):
@@ -209,14 +221,14 @@ def _write(memory: mmap.mmap, step: bytes) -> None:
                 continue
             at, kind = _SLOT[field.decode()]
             size = struct.calcsize(kind)
-            for index in _slots(where):
-                start = page.slot_byte(index) + at
+            for index in _slots(where, (len(memory) - layout.HEADER_BYTES) // layout.SLOT_BYTES):
+                start = layout.slot_byte(index) + at
                 memory[start : start + size] = _packed(kind, value, index)
 
 
-def _slots(where: bytes) -> Iterator[int]:
+def _slots(where: bytes, count: int) -> Iterator[int]:
     first, _, last = where.partition(b"-")
-    return iter(range(max(0, int(first)), min(int(last or first), page.CAPACITY - 1) + 1))
+    return iter(range(max(0, int(first)), min(int(last or first), count - 1) + 1))
 
 
 def _packed(kind: str, value: bytes, index: int) -> bytes:

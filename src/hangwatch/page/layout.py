@@ -1,20 +1,23 @@
-"""The page: the memory that one worker shares with the watcher.
+"""The layout of a page: the memory that one worker shares with the watcher.
 
-This module alone knows the layout. The worker writes slots, the watcher reads
-them and writes one word, ``watch_until``.
+This module alone knows an offset. The worker writes slots, the watcher reads them and
+writes one word, ``watch_until``. What the words mean together is in `view`.
 
-Layout (native byte order, one memfd of `PAGE_BYTES`):
+Layout (native byte order, one memfd):
 
-    header, 64 bytes
-        0   8s  magic, the last byte is the version
-        8   u64 capacity: slots that fit
+    header, 512 bytes
+        0   8s  magic, the last byte is the layout's number
+        8   u64 size of the whole page in bytes
         16  f64 watch_until: the watcher looks at this page again no later than this
         24  f64 slots in use: only the first so many were ever given out
         32  f64 the signal that makes the main thread raise what is overdue there; 0.0: none
         40  f64 1.0 once a Python debugger (bdb, pydevd) was loaded into the process
-    slots, 320 bytes each
+        48  u64 number of areas
+        56  the directory: for each area 8s name (ASCII, padded with NUL), u64 offset from the
+            page's beginning, u64 size of a row, u64 number of rows
+    the area "slots", rows of 320 bytes
         0   f64 deadline, 0.0 while not armed
-        8   3?  how the block ended; written together with the deadline, read by nobody
+        8   3?  whether the block ended by an exception; written by `DISARM`, read by nobody
         16  f64 entry: generation * 2**32 + times entered; a new scope is a new generation
         24  f64 limit
         32  u64 threading.get_ident(), u64 threading.get_native_id()
@@ -28,6 +31,10 @@ Layout (native byte order, one memfd of `PAGE_BYTES`):
         120 24s the thread's name     144 176s the scope      (UTF-8, padded with NUL)
 
 A block that was never renewed was entered at its deadline minus its limit.
+
+A reader finds its areas by the directory and ignores areas that it does not know, so a
+later version may add some without a new number. What is already here gets a new number
+whenever it changes; a reader of another number refuses the page.
 
 Times are seconds of CLOCK_MONOTONIC as a double: after a year of uptime a
 double still resolves 4 ns, and Python adds, compares and stores it faster than
@@ -43,15 +50,22 @@ import fcntl
 import os
 import struct
 import sys
+from collections.abc import Iterable, Iterator
 from math import isfinite
 
-VERSION = 2
+from hangwatch.errors import PageError
+
+VERSION = 3
 MAGIC = b"hangwat" + bytes([VERSION])
 CAPACITY = 4096
-HEADER_BYTES = 64
+HEADER_BYTES = 512
 SLOT_BYTES = 320
 PAGE_BYTES = HEADER_BYTES + CAPACITY * SLOT_BYTES
+MOST_BYTES = 16 << 20
+"""No reader maps a page that is larger, whatever areas a later version adds."""
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+WHAT_TO_DO = "install the same hangwatch in both environments"
+"""What to do about a worker and a watcher of different versions."""
 
 # Words of the page seen as doubles, counted from the page's start ...
 WATCH_UNTIL = 2
@@ -71,6 +85,9 @@ RAISED_ENTRY = 13
 TASK_ENTRY = 14
 
 _HEADER = struct.Struct("=8sQ")
+_AREAS_AT = 48
+_AREA = struct.Struct("=8sQQQ")
+_MOST_AREAS = (HEADER_BYTES - _AREAS_AT - 8) // _AREA.size
 _DETAILS = struct.Struct("=dQQIi")
 _DETAILS_AT = LIMIT * 8
 _ENCLOSING = struct.Struct("=Qd")
@@ -101,7 +118,8 @@ GENERATION = 2.0**32
 _GENERATIONS = 2.0**20
 
 DISARM = struct.Struct("=d???")
-"""What leaving a block writes: the deadline 0.0, then whether it ended by an exception."""
+"""What leaving a block writes, in one call of C code: the deadline 0.0, then whether it ended by
+an exception (docs/decisions/0001-leaving-is-one-c-call.md)."""
 
 
 class SlotDetails:
@@ -164,8 +182,54 @@ def slot_byte(index: int) -> int:
     return HEADER_BYTES + index * SLOT_BYTES
 
 
-def create_memfd() -> int:
+class Area:
+    """A part of a page: rows of one size.
+
+    Attributes:
+        name: what the rows are.
+        offset: where the first row begins, in bytes from the page's beginning.
+        row_bytes: size of a row.
+        rows: number of rows.
+    """
+
+    __slots__ = ("name", "offset", "row_bytes", "rows")
+
+    def __init__(self, name: str, offset: int, row_bytes: int, rows: int) -> None:
+        self.name = name
+        self.offset = offset
+        self.row_bytes = row_bytes
+        self.rows = rows
+
+    @property
+    def end(self) -> int:
+        """The first byte behind it."""
+        return self.offset + self.rows * self.row_bytes
+
+
+SLOTS = Area("slots", HEADER_BYTES, SLOT_BYTES, CAPACITY)
+
+
+def header(areas: Iterable[Area], size: int) -> bytes:
+    """Return a page's header.
+
+    Args:
+        areas: the page's areas.
+        size: of the whole page in bytes.
+    """
+    areas = list(areas)
+    directory = [
+        _AREA.pack(area.name.encode("ascii"), area.offset, area.row_bytes, area.rows)
+        for area in areas
+    ]
+    head = _HEADER.pack(MAGIC, size).ljust(_AREAS_AT, b"\0")
+    return b"".join([head, struct.pack("=Q", len(areas)), *directory]).ljust(HEADER_BYTES, b"\0")
+
+
+def create_memfd(slots: Area = SLOTS) -> int:
     """Create a page's memory: sized, sealed, its header written.
+
+    Args:
+        slots: where its slots are, and how many.
 
     Returns:
         The descriptor, close-on-exec; the caller owns it.
@@ -177,8 +241,8 @@ def create_memfd() -> int:
     """
     descriptor = os.memfd_create("hangwatch-page", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.ftruncate(descriptor, PAGE_BYTES)
-        os.pwrite(descriptor, _HEADER.pack(MAGIC, CAPACITY), 0)
+        os.ftruncate(descriptor, slots.end)
+        os.pwrite(descriptor, header([slots], slots.end), 0)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
     except BaseException:
         os.close(descriptor)
@@ -186,16 +250,83 @@ def create_memfd() -> int:
     return descriptor
 
 
-def header_problem(memory: memoryview) -> str | None:
-    """Say what is wrong with a page's header, or None."""
-    magic, capacity = _HEADER.unpack_from(memory, 0)
+def read_areas(memory: memoryview) -> dict[str, Area]:
+    """Read a page's header and its directory, whatever the bytes are.
+
+    Returns:
+        The areas by their names, those included that this version does not know. None begins
+        before the header's end, ends behind the page's, or overlaps another.
+
+    Raises:
+        PageError: the page is of another layout, or its directory is wrong: the worker's fault.
+    """
+    if len(memory) < HEADER_BYTES:
+        raise PageError(f"the page has {len(memory)} bytes instead of {HEADER_BYTES} or more")
+    magic, size = _HEADER.unpack_from(memory, 0)
     if magic[:-1] != MAGIC[:-1]:
-        return "the page does not begin with hangwatch's magic"
+        raise PageError("the page does not begin with hangwatch's magic")
     if magic[-1] != VERSION:
-        return f"the page has layout {magic[-1]}, this watcher reads {VERSION}"
-    if capacity != CAPACITY:
-        return f"the page says it has {capacity} slots, not {CAPACITY}"
+        raise PageError(
+            f"the page has layout {magic[-1]}, this watcher reads {VERSION}: {WHAT_TO_DO}"
+        )
+    if size != len(memory):
+        raise PageError(f"the page has {len(memory)} bytes instead of {size}, as its header says")
+    (count,) = struct.unpack_from("=Q", memory, _AREAS_AT)
+    if count > _MOST_AREAS:
+        raise PageError(f"the page says it has {count} areas, at most {_MOST_AREAS} fit")
+    areas: dict[str, Area] = {}
+    end = HEADER_BYTES
+    for area in sorted(_areas(memory, count), key=lambda area: area.offset):
+        problem = _problem_of(area, end, len(memory))
+        if area.name in areas:
+            problem = "is there twice"
+        if problem is not None:
+            raise PageError(f"the page's area {area.name!a} {problem}")
+        areas[area.name] = area
+        end = area.end
+    return areas
+
+
+def _areas(memory: memoryview, count: int) -> Iterator[Area]:
+    for number in range(count):
+        name, *numbers = _AREA.unpack_from(memory, _AREAS_AT + 8 + number * _AREA.size)
+        yield Area(name.rstrip(b"\0").decode("latin-1"), *numbers)
+
+
+def _problem_of(area: Area, least: int, size: int) -> str | None:
+    """Say why an area can't stand where it does, in a page of `size` bytes used up to `least`."""
+    if area.offset % 8 or area.row_bytes % 8 or not area.row_bytes:
+        return (
+            f"is misaligned: offset {area.offset} and row size {area.row_bytes} "
+            "must be multiples of 8"
+        )
+    if area.offset < HEADER_BYTES or area.end > size:
+        return (
+            f"is out of range: it lies from {area.offset} to {area.end}, "
+            f"the page's areas from {HEADER_BYTES} to {size}"
+        )
+    if area.offset < least:
+        return f"overlaps another: it begins at {area.offset}, the one before ends at {least}"
     return None
+
+
+def read_slots(memory: memoryview) -> Area:
+    """Find a page's slots.
+
+    Raises:
+        PageError: see `read_areas`; or it has no slots, or not such that this version reads.
+    """
+    slots = read_areas(memory).get(SLOTS.name)
+    if slots is None or slots.rows == 0:
+        raise PageError("the page has no slots")
+    if slots.row_bytes != SLOTS.row_bytes:
+        raise PageError(
+            f"the page's slots have {slots.row_bytes} bytes each, "
+            f"this watcher reads {SLOTS.row_bytes}: {WHAT_TO_DO}"
+        )
+    if slots.rows > SLOTS.rows:
+        raise PageError(f"the page has {slots.rows} slots, this watcher reads {SLOTS.rows} at most")
+    return slots
 
 
 def next_generation(entry: float) -> float:
@@ -223,9 +354,9 @@ def cut(text: str, room: int, *, keep_end: bool = False) -> bytes:
     return encoded[:room].decode("utf-8", "ignore").encode() + mark
 
 
-def pauses(memory: memoryview, index: int) -> bool:
+def pauses(memory: memoryview, index: int, offset: int = HEADER_BYTES) -> bool:
     """Tell whether the block in slot `index` suspends the others, without reading the rest."""
-    return bool(memory[slot_byte(index) + _FLAGS_LOW_AT] & PAUSES)
+    return bool(memory[offset + index * SLOT_BYTES + _FLAGS_LOW_AT] & PAUSES)
 
 
 def write_details(memory: memoryview, index: int, details: SlotDetails, keep_end: bool) -> None:
@@ -262,15 +393,32 @@ def write_enclosing(memory: memoryview, index: int, enclosing: int | None, entry
     _ENCLOSING.pack_into(memory, slot_byte(index) + _ENCLOSING_AT, word, entry)
 
 
-def read_enclosing(memory: memoryview, index: int) -> tuple[int | None, float]:
-    """Return the slot of the block around the one in slot `index`, or None, and its entry."""
-    word, entry = _ENCLOSING.unpack_from(memory, slot_byte(index) + _ENCLOSING_AT)
-    return (word - 1 if 0 < word <= CAPACITY else None), entry
+def read_enclosing(
+    memory: memoryview, index: int, offset: int = HEADER_BYTES
+) -> tuple[int | None, float]:
+    """Return the slot of the block around the one in slot `index`, and its entry.
+
+    Args:
+        memory: the page as bytes.
+        index: the slot.
+        offset: where the page's slots begin.
+
+    Returns:
+        An index, which may be of no slot of the page, or None, and an entry.
+    """
+    word, entry = _ENCLOSING.unpack_from(memory, offset + index * SLOT_BYTES + _ENCLOSING_AT)
+    return (word - 1 if word else None), entry
 
 
-def read_details(memory: memoryview, index: int) -> SlotDetails:
-    """Read a slot's details, whatever the bytes are: a page may hold nonsense."""
-    at = slot_byte(index)
+def read_details(memory: memoryview, index: int, offset: int = HEADER_BYTES) -> SlotDetails:
+    """Read a slot's details, whatever the bytes are.
+
+    Args:
+        memory: the page as bytes.
+        index: the slot.
+        offset: where the page's slots begin.
+    """
+    at = offset + index * SLOT_BYTES
     limit, ident, native_id, flags, signal = _DETAILS.unpack_from(memory, at + _DETAILS_AT)
     (grace,) = _GRACE.unpack_from(memory, at + _GRACE_AT)
     return SlotDetails(
