@@ -26,7 +26,14 @@ import threading
 import time
 from typing import Any
 
-from hangwatch.api import RequestQueue, TimerClient, TimerRequest, TimerServer, configure, expires
+from hangwatch.timer import (
+    RequestQueue,
+    TimerClient,
+    TimerRequest,
+    TimerServer,
+    configure,
+    expires,
+)
 
 MOST_AT_ONCE = 1000
 DEAD_WITHIN = 0.5

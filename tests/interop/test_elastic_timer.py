@@ -192,3 +192,56 @@ def test_importing_hangwatch_imports_no_torch() -> None:
     script = "import sys, hangwatch; print('torch' in sys.modules)"
     out = subprocess.check_output([sys.executable, "-c", script], text=True, env=os.environ)
     assert out == "False\n"
+
+
+# -- names and signatures
+
+MODULES = ["", ".api", ".local_timer", ".file_based_local_timer", ".debug_info_logging"]
+COMPARED = """
+import importlib, inspect, sys, types
+import hangwatch.timer
+
+def parameters(function):
+    return [
+        (one.name, one.kind, one.default)
+        for one in inspect.signature(function).parameters.values()
+    ]
+
+def public(there):
+    return [
+        name for name in getattr(there, "__all__", vars(there))
+        if not name.startswith("_")
+        and isinstance(vars(there)[name], (type, types.FunctionType))
+        and vars(there)[name].__module__.startswith(sys.argv[1])
+    ]
+
+for module in sys.argv[2].split(","):
+    theirs = importlib.import_module(sys.argv[1] + module)
+    ours = importlib.import_module("hangwatch.timer" + module)
+    for name in public(theirs):
+        its, mine = getattr(theirs, name), getattr(ours, name)
+        compared = [(name, its, mine)]
+        if isinstance(its, type):
+            methods = [
+                method for method, value in vars(its).items()
+                if isinstance(value, (types.FunctionType, staticmethod))
+                and (not method.startswith("_") or method in ("__init__", "_reap_worker"))
+            ]
+            compared = [(f"{name}.{m}", getattr(its, m), getattr(mine, m)) for m in methods]
+        for shown, its, mine in compared:
+            # Ours may take more; what PyTorch's take, ours take by the same name and place.
+            wanted = [one[:2] for one in parameters(its)]
+            if [one[:2] for one in parameters(mine)][: len(wanted)] != wanted:
+                print(module, shown, parameters(its), parameters(mine))
+        print("compared", name)
+"""
+
+
+def test_names_and_parameters_are_pytorch_s() -> None:
+    command = [sys.executable, "-c", COMPARED, TORCH_S, ",".join(MODULES)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert [line for line in lines if not line.startswith("compared ")] == []
+    names = {line.removeprefix("compared ") for line in lines}
+    assert {"FileTimerServer", "LocalTimerServer", "RequestQueue", "expires"} <= names

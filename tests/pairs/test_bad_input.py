@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 import hangwatch
-from hangwatch.api import TimerRequest
-from hangwatch.file_based_local_timer import FileTimerRequest, _request_of
-from hangwatch.pairs import fifo
-from hangwatch.pairs.complaints import Complaints
+from hangwatch.timer import _fifo as fifo
+from hangwatch.timer._complaints import Complaints
+from hangwatch.timer.api import TimerRequest
+from hangwatch.timer.file_based_local_timer import FileTimerRequest, _request_of
 from support.nursery import LIMIT
 from support.pairs import CONTEXT, KILLED, Pair, exit_status, hang, running
 

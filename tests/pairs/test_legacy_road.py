@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from hangwatch import FileTimerClient, FileTimerServer, LocalTimerClient, LocalTimerServer, expires
-from hangwatch.api import TimerRequest
-from hangwatch.file_based_local_timer import FileTimerRequest
-from hangwatch.pairs.targets import Targets
+from hangwatch.timer._targets import Targets
+from hangwatch.timer.api import TimerRequest
+from hangwatch.timer.file_based_local_timer import FileTimerRequest
 from support.nursery import LIMIT, nursery
 from support.watchers import wait_until
 

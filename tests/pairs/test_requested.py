@@ -11,7 +11,7 @@ from math import inf
 import pytest
 
 from hangwatch import HangwatchError, LocalTimerClient, UnsupportedError, expires, paused
-from hangwatch.api import TimerRequest
+from hangwatch.timer.api import TimerRequest
 
 
 class Transport:

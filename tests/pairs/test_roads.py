@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import hangwatch
-from hangwatch.pairs import targets
+from hangwatch.timer import _targets as targets
 from support import pair_workers
 from support.pairs import (
     CONTEXT,
@@ -151,7 +151,7 @@ class TestTheLegacyRoad:
             server = hangwatch.LocalTimerServer(queue, report_dir=None)
             server.start()
             try:
-                assert server._beside is None
+                assert server._companion is None
                 worker = CONTEXT.Process(target=pair_workers.hang_on, args=(queue,))
                 worker.start()
                 assert exit_status(worker) == KILLED

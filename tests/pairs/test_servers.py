@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import hangwatch
-from hangwatch.file_based_local_timer import FileTimerRequest
-from hangwatch.pairs import place
+from hangwatch.timer import _place as place
+from hangwatch.timer.file_based_local_timer import FileTimerRequest
 from support import pair_workers
 from support.nursery import LIMIT, nursery
 from support.pairs import (
@@ -48,8 +48,8 @@ class TestLifecycle:
         for _ in range(2):
             server.start()
             server.start()
-            assert server._beside is not None
-            keeper = server._beside.pid
+            assert server._companion is not None
+            keeper = server._companion.pid
             link = server._link()
             assert link is not None
             assert os.path.exists(link)
@@ -81,8 +81,8 @@ class TestLifecycle:
         heard: list[str] = []
         pair = Pair("file", tmp_path, log_event=lambda name, request: heard.append(name))
         with running(pair):
-            assert pair.server._beside is not None
-            keeper = pair.server._beside.pid
+            assert pair.server._companion is not None
+            keeper = pair.server._companion.pid
             worker = pair.worker(pair_workers.ignore_sigterm_for_long, pair.place)
             wait_until(lambda: "timer expired" in heard, "an incident")
             pair.server.stop()
@@ -94,8 +94,8 @@ class TestLifecycle:
     def test_stop_ends_a_stopped_watcher(self, tmp_path: Path) -> None:
         pair = Pair("local", tmp_path)
         pair.server.start()
-        assert pair.server._beside is not None
-        keeper = pair.server._beside.pid
+        assert pair.server._companion is not None
+        keeper = pair.server._companion.pid
         os.kill(keeper, signal.SIGSTOP)
         pair.server.stop()
         wait_until(lambda: not is_alive(keeper), "the keeper's end")
@@ -129,8 +129,8 @@ class TestEvents:
             assert isinstance(server, hangwatch.FileTimerServer)
             now = time.time()
             wait_until(lambda: server.get_last_progress_time() > now, "progress")
-            assert server._beside is not None
-            keeper = server._beside.pid
+            assert server._companion is not None
+            keeper = server._companion.pid
             wait_until(lambda: watcher_below(keeper), "the watcher")
             watcher = watcher_below(keeper)
             assert watcher is not None

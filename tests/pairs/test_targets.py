@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 import hangwatch
-from hangwatch.api import TimerRequest
-from hangwatch.pairs.targets import RefusedError, hold_descendant
+from hangwatch.timer._targets import RefusedError, hold_descendant
+from hangwatch.timer.api import TimerRequest
 from support.namespaces import run_alone
 
 SERVER = r"""
 import json, multiprocessing, os, subprocess, sys, time
 import hangwatch
-from hangwatch.api import TimerRequest
+from hangwatch.timer.api import TimerRequest
 
 name, folder = sys.argv[1:]
 sleeper = ["sleep", "1000"]
@@ -35,7 +35,7 @@ else:
     queue = multiprocessing.Queue()
     server = hangwatch.LocalTimerServer(queue, max_interval=0.05, report_dir=None)
 server.start()
-keeper = server._beside.pid
+keeper = server._companion.pid
 watcher = int(open(f"/proc/{keeper}/task/{keeper}/children").read().split()[0])
 print(json.dumps({"worker": worker.pid, "keeper": keeper, "watcher": watcher,
                   "other user's": stranger}), flush=True)
@@ -90,7 +90,7 @@ def test_forged_requests_hurt_nobody(name: str, tmp_path: Path) -> None:
 REUSED = r"""
 import os, signal, sys, time
 import hangwatch
-from hangwatch.api import TimerRequest
+from hangwatch.timer.api import TimerRequest
 from support.processes import is_alive
 
 def child_with(pid):

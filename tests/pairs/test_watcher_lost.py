@@ -30,10 +30,10 @@ def test_a_watcher_that_was_killed_with_its_keeper_is_replaced(tmp_path: Path) -
     with running(Pair("local", tmp_path)) as pair:
         worker, gate = pair.gated(_hang_after)
         gate.recv()
-        keeper = pair.server._beside.pid  # type: ignore[union-attr]
+        keeper = pair.server._companion.pid  # type: ignore[union-attr]
         _kill_with_its_watcher(keeper)
         wait_until(
-            lambda: pair.server._beside.pid != keeper,  # type: ignore[union-attr]
+            lambda: pair.server._companion.pid != keeper,  # type: ignore[union-attr]
             "another watcher",
         )
         gate.send("go on")

@@ -30,8 +30,8 @@ from support.watchers import CONNECT, RunningWatcher, StartWatcher, wait_until
 SOURCE = Path(hangwatch.__file__).parent
 # Bytes that a helper of the watcher, a fork of it, has sent to it.
 MAY_PICKLE = {"watcher/error_file.py", "watcher/incident.py", "watcher/reporter.py"}
-# The legacy road: a multiprocessing queue unpickles by itself, as PyTorch's does.
-DROP_IN = {"local_timer.py"}
+# A multiprocessing queue unpickles by itself, as PyTorch's does.
+DROP_IN = {"timer/local_timer.py"}
 UNPICKLES = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle"}
 
 

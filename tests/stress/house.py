@@ -55,7 +55,7 @@ def keep_house(module: Any, plan: Plan) -> None:
 
 def _server(module: Any, plan: Plan, timers: Timers) -> Any:
     class OwnWayServer(module.LocalTimerServer):  # type: ignore[misc]
-        """Nothing may go round what somebody wrote: this one has no watcher beside it."""
+        """Nothing may go round what somebody wrote: this one has no companion watcher."""
 
         def _reap_worker(self, worker_id: int) -> bool:
             return bool(super()._reap_worker(worker_id))
@@ -69,16 +69,16 @@ def _server(module: Any, plan: Plan, timers: Timers) -> Any:
 
 def _watchers(server: Any) -> list[int]:
     """Return keeper and watcher, if this server has any."""
-    beside = getattr(server, "_beside", None)
-    if beside is None:
+    companion = getattr(server, "_companion", None)
+    if companion is None:
         return []
-    wait_until(lambda: watcher_below(beside.pid), "a watcher")
-    watcher = watcher_below(beside.pid)
-    return [beside.pid, *([watcher] if watcher else [])]
+    wait_until(lambda: watcher_below(companion.pid), "a watcher")
+    watcher = watcher_below(companion.pid)
+    return [companion.pid, *([watcher] if watcher else [])]
 
 
 def _descriptors(server: Any) -> dict[str, int]:
-    """Count what the server's process, and the watcher beside it, have open."""
+    """Count what the server's process, and its companion watcher, have open."""
     names = ("keeper", "watcher")
     found = {name: open_files(pid) for name, pid in zip(names, _watchers(server), strict=False)}
     return {"server": open_files(os.getpid()), **found}

@@ -215,7 +215,9 @@ class Nursery:
 @functools.cache
 def nursery() -> Nursery:
     """Return this process's nursery of workers; it ends with this process."""
-    return Nursery("hangwatch", "hangwatch.wire", "json", "logging", "asyncio", "contextlib")
+    return Nursery(
+        "hangwatch", "hangwatch.timer", "hangwatch.wire", "json", "logging", "asyncio", "contextlib"
+    )
 
 
 def _standard_streams(

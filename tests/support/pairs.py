@@ -127,4 +127,4 @@ def take_the_legacy_road(pair: Pair) -> None:
     """Start the server without a watcher beside it."""
     pair.server._keeps_its_own_way = lambda: True  # type: ignore[method-assign]
     pair.server.start()
-    assert pair.server._beside is None
+    assert pair.server._companion is None

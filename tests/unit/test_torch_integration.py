@@ -74,13 +74,13 @@ def test_without_torch_the_error_says_so(tmp_path: Path) -> None:
 
 def test_every_name_is_replaced_twice_does_no_harm_and_all_can_be_put_back(site: Path) -> None:
     script = f"""
-import hangwatch, {TIMER} as timer
+import hangwatch, hangwatch.timer, {TIMER} as timer
 from hangwatch.integrations.torch import install, uninstall
 names = {NAMES!r}
 for options in ({{}}, {{}}, {{"report_dir": "elsewhere"}}):
     install(**options)
     for name in names:
-        ours, there = getattr(hangwatch, name), getattr(timer, name)
+        ours, there = getattr(hangwatch.timer, name), getattr(timer, name)
         assert there is ours or issubclass(there, ours) and options, name
 assert timer.FileTimerServer.__name__ == "FileTimerServer"
 install()
@@ -126,7 +126,7 @@ def test_it_runs_a_program_as_python_would(
         *("-m", "x", "--report-dir", "y"),
     )
     assert result.returncode == 0, result.stderr
-    assert "hangwatch.file_based_local_timer.FileTimerServer" in result.stdout
+    assert "hangwatch.timer.file_based_local_timer.FileTimerServer" in result.stdout
     assert "['-m', 'x', '--report-dir', 'y']" in result.stdout
     assert result.stdout.endswith(f" {site}\n")
 

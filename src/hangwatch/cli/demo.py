@@ -15,7 +15,7 @@ from rich.table import Table
 from hangwatch.cli import demo_worker
 from hangwatch.errors import HangwatchError
 from hangwatch.folder import REPORT_DIR
-from hangwatch.shared_memory_timer import SharedMemoryTimerServer
+from hangwatch.timer.shared_memory_timer import SharedMemoryTimerServer
 
 WORKERS = 4
 HANGING_RANK = 2

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Iterable
     from typing import TypeVar
 
-    from hangwatch.api import TimerClient
+    from hangwatch.worker.blocks import ContractClient
     from hangwatch.worker.iteration import Watched
 
     Item = TypeVar("Item")
 
 
-def paused(reason: str, after: float, client: TimerClient | None = None) -> Expiration:
+def paused(reason: str, after: float, client: ContractClient | None = None) -> Expiration:
     """Declare a block that suspends this process's other timers, and their clocks.
 
     When it ends, every open block goes on with the time that was left to it. Pauses may be
@@ -48,7 +48,7 @@ def watch(
     iterable: Iterable[Item] | AsyncIterable[Item],
     after: float,
     scope: str | None = None,
-    client: TimerClient | None = None,
+    client: ContractClient | None = None,
     on_expiry: str | None = None,
     grace: float | None = None,
     signal: int | None = None,

@@ -44,8 +44,7 @@ TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
     from typing import Any, TypeVar
 
-    from hangwatch.api import TimerClient
-    from hangwatch.worker.blocks import Block, Timer
+    from hangwatch.worker.blocks import Block, ContractClient, Timer
 
     Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -98,7 +97,7 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def configure(timer_client: TimerClient | None) -> None:
+def configure(timer_client: ContractClient | None) -> None:
     """Set the client of every block of this process that names none.
 
     Args:
@@ -368,7 +367,7 @@ class Expiration(Handle):
 def expires(
     after: float,
     scope: str | None = None,
-    client: TimerClient | None = None,
+    client: ContractClient | None = None,
     on_expiry: str | None = None,
     grace: float | None = None,
     signal: int | None = None,

@@ -10,14 +10,13 @@ TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
     from typing import Any
 
-    from hangwatch.api import TimerClient
-    from hangwatch.worker.blocks import Road
+    from hangwatch.worker.blocks import ContractClient, Road
 
 
 class Configured:
     """Who watches when a block names no client. One object, replaced field by field."""
 
-    client: TimerClient | None = None
+    client: ContractClient | None = None
     by_environment = True
 
 

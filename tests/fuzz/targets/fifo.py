@@ -19,11 +19,11 @@ from signal import SIGRTMAX
 from zlib import crc32
 
 from fuzz.bounds import strict
-from hangwatch.file_based_local_timer import FileTimerRequest, _request_of
-from hangwatch.pairs.complaints import Complaints
-from hangwatch.pairs.fifo import FifoRequestQueue
-from hangwatch.pairs.table import TimerTable
-from hangwatch.pairs.targets import RefusedError, hold_descendant
+from hangwatch.timer._complaints import Complaints
+from hangwatch.timer._fifo import FifoRequestQueue
+from hangwatch.timer._table import TimerTable
+from hangwatch.timer._targets import RefusedError, hold_descendant
+from hangwatch.timer.file_based_local_timer import FileTimerRequest, _request_of
 
 TOKENS = [
     b"\n",

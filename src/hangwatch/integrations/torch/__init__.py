@@ -7,7 +7,7 @@ whoever installs ours before that has the workers watched by it:
         python -m hangwatch.integrations.torch -m torch.distributed.run ... train.py
 
 Workers are processes of their own, in which nothing is replaced: they use
-`hangwatch.FileTimerClient`, or PyTorch's as before.
+`hangwatch.timer.FileTimerClient`, or PyTorch's as before.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import importlib.util
 import os
 from types import ModuleType
 
-import hangwatch
+from hangwatch import timer as hangwatch_timer
 from hangwatch.folder import REPORT_DIR
 
 __all__ = ["install", "uninstall"]
@@ -61,7 +61,7 @@ def install(*, report_dir: str | os.PathLike[str] | None = REPORT_DIR) -> None:
     before: dict[str, object] = vars(timer).setdefault(_BEFORE, {})
     for name in _NAMES:
         before.setdefault(name, getattr(timer, name))
-        ours = getattr(hangwatch, name)
+        ours = getattr(hangwatch_timer, name)
         setattr(timer, name, _keeping(ours, report_dir) if name in _SERVERS else ours)
 
 

@@ -1,8 +1,8 @@
-"""Whom requests of the legacy road may end.
+"""Which processes a request may end.
 
-A queue or a FIFO does not say who wrote. So a request counts only for a live process of
-our own user that descends from this one: not for us, our ancestors, or the watcher. It is
-held by a pidfd from its first request on; who gets its number later is somebody else.
+A queue or a FIFO does not say who wrote. So a request counts only for a live process of our own
+user that descends from this one: not for us, our ancestors, or the watcher. A pidfd holds it
+from its first request on, so no process that gets its number later is mistaken for it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import signal
 from collections.abc import Callable, Container
 from time import monotonic
 
-from hangwatch.pairs.complaints import Complaints
 from hangwatch.process import Identity, read_stat
+from hangwatch.timer._complaints import Complaints
 
 _DEAD_WITHIN = 0.5
 ESCALATE_AFTER = 5.0

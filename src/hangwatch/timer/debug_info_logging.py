@@ -1,4 +1,4 @@
-"""What a server says of expired timers, in a place of its own so that it can be replaced."""
+"""What a server logs of expired timers; a module of its own, so that it can be replaced."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Which methods of a class of ours somebody has overridden, or replaced on an object.
 
-Who wrote a method of his own wants it called: then nothing may go round it.
+Whoever wrote a method of their own wants it called, so nothing may bypass it.
 """
 
 from __future__ import annotations

@@ -9,15 +9,15 @@ from collections.abc import Callable
 from math import isfinite
 from time import monotonic, sleep
 
-from hangwatch.api import STOP_WITHIN, TimerRequest
-from hangwatch.debug_info_logging import log_debug_info_for_expired_timers
 from hangwatch.folder import REPORT_DIR
-from hangwatch.overrides import is_overridden, remember
 from hangwatch.page.layout import NEVER_KILL
-from hangwatch.pairs import fifo, place
-from hangwatch.pairs.client import DropInClient
-from hangwatch.pairs.complaints import Complaints
-from hangwatch.pairs.server import DropInServer
+from hangwatch.timer import _fifo, _place
+from hangwatch.timer._client import DropInClient
+from hangwatch.timer._complaints import Complaints
+from hangwatch.timer._overrides import is_overridden, remember
+from hangwatch.timer._server import DropInServer
+from hangwatch.timer.api import STOP_WITHIN, TimerRequest
+from hangwatch.timer.debug_info_logging import log_debug_info_for_expired_timers
 
 __all__ = ["FileTimerClient", "FileTimerRequest", "FileTimerServer"]
 
@@ -67,7 +67,7 @@ class FileTimerRequest(TimerRequest):
 
     def to_json(self) -> str:
         """Return the request as one line of JSON."""
-        import json  # takes long, and a worker on the native road needs none of it
+        import json  # takes long, and a worker that has a companion watcher needs none of it
 
         return json.dumps(
             {
@@ -84,7 +84,7 @@ class FileTimerRequest(TimerRequest):
 class FileTimerClient(DropInClient):
     """A worker's client of the `FileTimerServer` on the same FIFO.
 
-    If that server has a watcher beside it, arming goes through shared memory. Else, as with
+    If that server has a companion watcher, arming goes through shared memory. Otherwise, as with
     PyTorch's server, requests go through the FIFO; a slow server holds up nobody.
 
     Args:
@@ -113,7 +113,7 @@ class FileTimerClient(DropInClient):
 
     def _link(self) -> str | None:
         try:
-            return place.link_of(os.stat(self._file_path))
+            return _place.link_of(os.stat(self._file_path))
         except OSError:
             return None
 
@@ -146,7 +146,7 @@ class FileTimerClient(DropInClient):
         until = monotonic() + _NO_SERVER_FOR
         while True:
             try:
-                fifo.write(self._file_path, line)
+                _fifo.write(self._file_path, line)
             except BlockingIOError:
                 raise
             except ValueError as error:
@@ -173,7 +173,7 @@ class FileTimerServer(DropInServer):
     Args:
         file_path: where it makes its FIFO.
         run_id: what `log_debug_info_for_expired_timers` is told.
-        max_interval: seconds that a round on the legacy road waits for a request at most;
+        max_interval: seconds that a round of the server's thread waits for a request at most;
             what is due does not wait for it.
         daemon: whether the thread lets the process end while it runs.
         log_event: called with ``watchdog started``, ``watchdog stopped``, and, from a thread
@@ -200,7 +200,7 @@ class FileTimerServer(DropInServer):
         self._run_id = run_id
         self._log_event = log_event
         complaints = Complaints()
-        self._fifo = fifo.FifoRequestQueue(self._file_path, _request_of, complaints)
+        self._fifo = _fifo.FifoRequestQueue(self._file_path, _request_of, complaints)
         super().__init__(self._fifo, max_interval, daemon, report_dir, complaints)
         self._fifo.make()
 
@@ -224,8 +224,8 @@ class FileTimerServer(DropInServer):
     def stop(self) -> None:
         """Stop watching and remove the FIFO, within a second.
 
-        What a watcher has begun by then, a report for example, it ends by itself. Without a
-        start it only removes the FIFO; in a forked child it does nothing.
+        The watcher finishes by itself what it has begun by then, a report for example. Without
+        a start it only removes the FIFO; in a forked child it does nothing.
         """
         if self._end():
             self._tell("watchdog stopped", None)
@@ -238,6 +238,10 @@ class FileTimerServer(DropInServer):
             thread.join(STOP_WITHIN)
             self._go_round(0.0)
         self._end()
+
+    def clear_timers(self, worker_pids: set[int]) -> None:
+        """Forget all timers of these workers, and of those that have ended."""
+        super().clear_timers(worker_pids)
 
     @staticmethod
     def is_process_running(pid: int) -> bool:
@@ -267,7 +271,7 @@ class FileTimerServer(DropInServer):
         return True
 
     def _link(self) -> str | None:
-        return place.link_of(self._fifo.status())
+        return _place.link_of(self._fifo.status())
 
     def _is_gone(self, pid: int) -> bool:
         return super()._is_gone(pid) or not self.is_process_running(pid)

@@ -1,4 +1,4 @@
-"""The timers of the legacy road; what a look costs follows what is due, not what is armed."""
+"""The timers of requests. A round costs what is due, not what is armed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from time import monotonic
 
 from hangwatch.agenda import Agenda
-from hangwatch.api import TimerRequest
+from hangwatch.timer.api import TimerRequest
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:

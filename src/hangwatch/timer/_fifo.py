@@ -16,8 +16,8 @@ import weakref
 from collections.abc import Callable
 from time import monotonic
 
-from hangwatch.api import RequestQueue, TimerRequest
-from hangwatch.pairs.complaints import Complaints
+from hangwatch.timer._complaints import Complaints
+from hangwatch.timer.api import RequestQueue, TimerRequest
 
 _MOST_BYTES = 1 << 16
 _BEGINNING = b'{"version"'

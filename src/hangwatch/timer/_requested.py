@@ -1,7 +1,7 @@
-"""The legacy road on a worker's side: what this process has asked its server for.
+"""Timers that go through the queue or the FIFO: what this process has asked its server for.
 
-The wire knows one timer a process and scope. Here each thread and task has its own, and
-blocks of one scope in each other are a stack; the server is told of the earliest.
+A request names a process and a scope, so the server knows one timer for both. Here each thread and
+task has its own, and nested blocks of one scope are a stack. The server gets the earliest deadline.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Timer:
 
 
 class Requested:
-    """The timers of this process on the legacy road.
+    """The timers that this process has at its server.
 
     In another block of the same scope and thread a block replaces that one's timer, and
     gives it its own time anew when it ends; see `RequestedBlock`.
@@ -69,7 +69,7 @@ class Requested:
         self.forget()
 
     def forget(self) -> None:
-        """In a forked child: what the parent asked for is nothing of ours."""
+        """In a forked child: forget what the parent asked for."""
         # Reentrant: a signal handler may use timers, too.
         self._lock = threading.RLock()
         self._stacks: dict[str, dict[Holder, list[_Timer]]] = {}
@@ -93,7 +93,7 @@ class Requested:
             self._tell_all() if timer.pauses else self._tell(scope_id)
 
     def end(self, scope_id: str, timer: _Timer) -> None:
-        """End a block, from whichever thread. What was interrupted may be called again."""
+        """End a block, from whichever thread. Idempotent."""
         with self._lock:
             mine = self._stacks.get(scope_id, {}).get(timer.holder, [])
             if timer in mine:
@@ -210,7 +210,7 @@ class Requested:
 
 
 class RequestedBlock:
-    """A block on the legacy road; see `worker.blocks.Block`."""
+    """A block whose timer goes through the queue or the FIFO; see `worker.blocks.Block`."""
 
     thread = NoThread
 
@@ -230,7 +230,7 @@ class RequestedBlock:
     def nest(self, block: object) -> Slot:
         """Ask for the timer; the slot that is armed then is nobody's."""
         try:
-            # A server of this road can't but kill.
+            # Such a server can only kill.
             limit = inf if self._scope.on_expiry == "report" else self._limit
             self._timer = timer = _Timer(time.time() + limit, self._scope.pauses)
             self._requested.begin(self._name, timer)

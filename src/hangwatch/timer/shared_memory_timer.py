@@ -1,4 +1,4 @@
-"""The native pair: a client that writes its own page, and a watcher that reads it."""
+"""Hangwatch's own pair: a client that writes its own page, and a watcher that reads it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hangwatch.overrides import is_overridden, remember
+from hangwatch.timer._built_in_client import BuiltInClient
+from hangwatch.timer._overrides import is_overridden, remember
 from hangwatch.worker.acquired import Acquired
-from hangwatch.worker.built_in_client import BuiltInClient
 from hangwatch.worker.client import (
     ADDRESS_VARIABLE,
     OFF,

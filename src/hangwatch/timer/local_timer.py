@@ -10,13 +10,13 @@ import signal
 import struct
 from time import monotonic, sleep
 
-from hangwatch.api import RequestQueue, TimerRequest
 from hangwatch.folder import REPORT_DIR
-from hangwatch.overrides import remember
-from hangwatch.pairs import place
-from hangwatch.pairs.client import DropInClient
-from hangwatch.pairs.complaints import Complaints
-from hangwatch.pairs.server import DropInServer
+from hangwatch.timer import _place
+from hangwatch.timer._client import DropInClient
+from hangwatch.timer._complaints import Complaints
+from hangwatch.timer._overrides import remember
+from hangwatch.timer._server import DropInServer
+from hangwatch.timer.api import RequestQueue, TimerRequest
 
 __all__ = ["LocalTimerClient", "LocalTimerServer", "MultiprocessingRequestQueue"]
 
@@ -34,9 +34,9 @@ _MOST_UNREADABLE = 100
 class LocalTimerClient(DropInClient):
     """A worker's client of the `LocalTimerServer` on the same queue.
 
-    If that server has a watcher beside it, arming goes through shared memory. Else, as with
-    another library's server or a manager's queue, requests go through the queue; one that
-    is full holds up nobody.
+    If that server has a companion watcher, arming goes through shared memory. Otherwise, as with
+    another library's server or a manager's queue, requests go through the queue; one that is
+    full holds up nobody.
 
     Args:
         mp_queue: the queue that the server was given.
@@ -148,7 +148,7 @@ class LocalTimerServer(DropInServer):
 
     Args:
         mp_queue: a `multiprocessing` queue.
-        max_interval: seconds that a round on the legacy road waits for a request at most;
+        max_interval: seconds that a round of the server's thread waits for a request at most;
             what is due does not wait for it.
         daemon: whether the thread lets the process end while it runs.
         report_dir: folder of the newest 100 reports; None keeps none.
@@ -243,11 +243,11 @@ def _check_queue(mp_queue: object, *methods: str) -> None:
 
 
 def _link_of_queue(mp_queue: Any) -> str | None:
-    """Return where the watcher beside a queue is found; None for a queue without a pipe."""
+    """Return the address file of a queue's companion watcher; None: the queue has no pipe."""
     # Both ends of a pipe have one inode; a process may have closed either.
     for end in ("_reader", "_writer"):
         try:
-            return place.link_of(os.fstat(getattr(mp_queue, end).fileno()))
+            return _place.link_of(os.fstat(getattr(mp_queue, end).fileno()))
         except (AttributeError, OSError, TypeError, ValueError):
             continue
     return None

@@ -1,7 +1,7 @@
-"""What the servers of the drop-in pairs have in common: a legacy road, and a watcher beside it.
+"""What the servers of the drop-in pairs have in common: a thread, and a companion watcher.
 
-The legacy road is a thread of this process that takes requests from the pair's transport, as
-the contract describes. Clients of ours do not take it: they find the watcher beside it.
+The thread takes requests from the queue or the FIFO, as the contract describes. Clients of ours
+send none: they connect to the companion watcher, a process of its own.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import time
 from math import inf, isfinite
 from time import monotonic
 
-from hangwatch.api import STOP_WITHIN, RequestQueue, TimerRequest, TimerServer
 from hangwatch.errors import LaunchError
-from hangwatch.overrides import is_overridden
-from hangwatch.pairs.complaints import Complaints
-from hangwatch.pairs.table import TimerTable
+from hangwatch.timer._complaints import Complaints
+from hangwatch.timer._overrides import is_overridden
+from hangwatch.timer._table import TimerTable
+from hangwatch.timer.api import STOP_WITHIN, RequestQueue, TimerRequest, TimerServer
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
     from typing import Any
 
-    from hangwatch.pairs.beside import WatcherBeside
+    from hangwatch.timer._companion import CompanionWatcher
     from hangwatch.watcher.events import Event
 
 # How long a round waits at most, so that a stop is not waited for.
@@ -38,7 +38,7 @@ class DropInServer(TimerServer):
     """A server of a drop-in pair.
 
     Args:
-        request_queue: the legacy road's requests.
+        request_queue: where the requests of clients come from.
         max_interval: seconds that a round waits for a request at most.
         daemon: whether the thread lets the process end while it runs.
         report_dir: the watcher's report folder; None keeps no reports.
@@ -57,14 +57,14 @@ class DropInServer(TimerServer):
             raise ValueError(
                 f"max_interval must be a number of seconds, 0 or more, not {max_interval!r}"
             )
-        from hangwatch.pairs.targets import Targets  # takes long, and a worker needs none of it
+        from hangwatch.timer._targets import Targets  # takes long, and a worker needs none of it
 
         super().__init__(request_queue, max_interval, daemon)
         self._report_dir = report_dir
         self._table = TimerTable()
         self._complaints = complaints
         self._targets = Targets(self._spared, self._complaints)
-        self._beside: WatcherBeside | None = None
+        self._companion: CompanionWatcher | None = None
         # Reentrant: a signal handler may stop the server, too.
         self._changing = threading.RLock()
         self._replace_at = 0.0
@@ -75,26 +75,27 @@ class DropInServer(TimerServer):
     def __repr__(self) -> str:
         if self._watchdog_thread is None:
             return f"<{type(self).__name__}, not started>"
-        road = "legacy road alone" if self._beside is None else f"watcher {self._beside.pid}"
-        return f"<{type(self).__name__}, {road}, {len(self._timers)} legacy timers>"
+        companion = self._companion
+        state = "no companion watcher" if companion is None else f"watcher {companion.pid}"
+        return f"<{type(self).__name__}, {state}, {len(self._timers)} timers of requests>"
 
     @property
     def _timers(self) -> dict[tuple[int, str], Any]:
-        """The timers of the legacy road; what stands in shared memory is not among them."""
+        """The timers of requests; what stands in shared memory is not among them."""
         return self._table.timers
 
     @abc.abstractmethod
     def _link(self) -> str | None:
-        """Return where clients look for a watcher beside this server, if anywhere."""
+        """Return the address file of this server's companion watcher; None: there can be none."""
 
     def _keeps_its_own_way(self) -> bool:
-        """Tell whether somebody overrode what a watcher would go round."""
+        """Tell whether somebody overrode a method that a companion watcher would bypass."""
         return is_overridden(
             self, "register_timers", "clear_timers", "get_expired_timers", "_reap_worker"
         )
 
     def _on_event(self, event: Event) -> None:
-        """Hear what the watcher tells; in a thread of its own."""
+        """Take an event of the watcher; in a thread of its own."""
         if event["event"] == "alive":
             self._last_progress = event["at"]
             self._joined |= event["joined"] > 0
@@ -104,26 +105,26 @@ class DropInServer(TimerServer):
         if self._watchdog_thread is not None:
             return
         self._owner = os.getpid()
-        self._beside = self._launch_watcher()
+        self._companion = self._launch_watcher()
         super().start()
 
     def stop(self) -> None:
         """Stop watching, within a second.
 
-        What a watcher has begun by then, a report for example, it ends by itself. Without a
+        The watcher finishes by itself what it has begun by then, a report for example. Without a
         start, or in a forked child of the program that started it, does nothing.
         """
         if self._owner != os.getpid():
             return
         until = monotonic() + STOP_WITHIN
         with self._changing:
-            beside, self._beside = self._beside, None
+            companion, self._companion = self._companion, None
             self._stopping.set()
-        if beside is not None:
-            beside.tell_to_stop()
+        if companion is not None:
+            companion.tell_to_stop()
         thread = self._watchdog_thread
-        if beside is not None:
-            beside.stop(until - STOP_WITHIN / 3)
+        if companion is not None:
+            companion.stop(until - STOP_WITHIN / 3)
         self._stop_watching(until - monotonic())
         if thread is None or not thread.is_alive():
             self._targets.close()
@@ -175,7 +176,7 @@ class DropInServer(TimerServer):
         finally:
             # A queue that fails ends nobody's protection.
             self._reap_overdue()
-        if self._beside is None:
+        if self._companion is None:
             self._last_progress = time.time()
 
     def _take_requests(self, wait: float) -> None:
@@ -196,18 +197,18 @@ class DropInServer(TimerServer):
         finally:
             self.register_timers(requests)
 
-    def _launch_watcher(self) -> WatcherBeside | None:
-        """Launch the watcher of the native road, if there is to be one and it can be."""
+    def _launch_watcher(self) -> CompanionWatcher | None:
+        """Launch the companion watcher, if there is to be one and it can be."""
         link = self._link()
         if link is None or self._keeps_its_own_way():
             return None
-        from hangwatch.pairs.beside import WatcherBeside
+        from hangwatch.timer._companion import CompanionWatcher
 
         try:
-            return WatcherBeside(link, self._report_dir, self._on_event)
+            return CompanionWatcher(link, self._report_dir, self._on_event)
         except LaunchError as error:
             self._complaints.say(
-                f"{error}; timers go through the legacy transport alone, without stacks"
+                f"{error}; timers go through the queue or the FIFO alone, without stacks"
             )
             return None
 
@@ -217,30 +218,30 @@ class DropInServer(TimerServer):
         if stopping is None or stopping.is_set():
             return
         with self._changing:
-            beside = self._beside
-            if beside is None or stopping.is_set():
+            companion = self._companion
+            if companion is None or stopping.is_set():
                 return
-            if not beside.has_ended():
-                beside.show()
+            if not companion.has_ended():
+                companion.show()
                 return
         now = monotonic()
         if now < self._replace_at:
             return
         self._replace_at = now + _REPLACE_AT_MOST_EVERY
-        self._complaints.say(f"the watcher (process {beside.pid}) was killed and is replaced")
-        beside.tell_to_stop()
-        beside.stop(now)
+        self._complaints.say(f"the watcher (process {companion.pid}) was killed and is replaced")
+        companion.tell_to_stop()
+        companion.stop(now)
         new = self._launch_watcher()
         with self._changing:
-            if self._beside is beside and not stopping.is_set() and new is not None:
-                self._beside, new = new, None
+            if self._companion is companion and not stopping.is_set() and new is not None:
+                self._companion, new = new, None
         if new is not None:  # a stop came meanwhile
             new.tell_to_stop()
             new.stop(monotonic())
 
     def _spared(self) -> set[int]:
-        beside = self._beside
-        return set() if beside is None else {beside.pid}
+        companion = self._companion
+        return set() if companion is None else {companion.pid}
 
 
 def _first_due(requests: list[TimerRequest]) -> float:

@@ -246,7 +246,7 @@ class TimerServer(abc.ABC):
 
 
 class _Round(threading.local):
-    """The stop of the thread that goes a round; None for a round that is gone by hand."""
+    """The stop of the thread that goes a round; None: `_run_watchdog` was called directly."""
 
     stopping: threading.Event | None = None
 

@@ -1,4 +1,4 @@
-"""The native road of a drop-in server: a watcher process beside the legacy transport."""
+"""The companion watcher of a drop-in server: a process that the pair's clients connect to."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from hangwatch.folder import known_folder
 from hangwatch.keep.address import check_folder
 from hangwatch.keep.event_listener import EventListener
 from hangwatch.keep.launch import WatcherProcess
-from hangwatch.pairs import place
+from hangwatch.timer import _place
 from hangwatch.watcher.events import Event
 from hangwatch.watcher.settings import Settings
 
 
-class WatcherBeside:
+class CompanionWatcher:
     """A watcher that the clients of one queue, or FIFO, find.
 
+    Starts the watcher, and writes its address file.
+
     Args:
-        link: where they look for it; see `place`.
+        link: the address file, where they look for it; see `_place`.
         report_dir: the report folder; None keeps no reports.
-        on_event: called, in a thread of this process, with what the watcher tells.
+        on_event: called, in a thread of this process, with each of the watcher's events.
 
     Raises:
-        LaunchError: it did not become ready, or its place can't be made known.
+        LaunchError: it did not become ready, or its address file can't be written.
     """
 
     def __init__(
@@ -43,8 +45,8 @@ class WatcherBeside:
             self._process = WatcherProcess(settings, events=self._listener.theirs.fileno())
             try:
                 check_folder(known_folder())
-                place.sweep()
-                place.publish(link, self._process.address)
+                _place.sweep()
+                _place.publish(link, self._process.address)
             except (OSError, AddressError) as error:
                 self._process.stop()
                 raise LaunchError(f"the watcher can't be made known to workers: {error}") from None
@@ -63,20 +65,20 @@ class WatcherBeside:
         return self._listener.has_ended() and self._process.ended() is not None
 
     def show(self) -> None:
-        """Let clients find it again, if somebody removed the link, or another took it down."""
+        """Write the address file again, if somebody removed it."""
         if not os.path.lexists(self._link):
             with contextlib.suppress(OSError):
-                place.publish(self._link, self._process.address)
+                _place.publish(self._link, self._process.address)
 
     def tell_to_stop(self) -> None:
-        """Let no more clients find it, and ask it to end; does not wait."""
-        place.withdraw(self._link, self._process.address)
+        """Remove the address file, and ask the watcher to end; does not wait."""
+        _place.withdraw(self._link, self._process.address)
         self._process.tell_to_stop()
 
     def stop(self, until: float) -> None:
-        """Wait until its reports are complete and all events are told, or `until`.
+        """Wait until its reports are complete and all events have come, or `until`.
 
-        What it has begun by then it ends by itself.
+        It finishes by itself what it has begun by then.
         """
         self._process.stop(max(0.0, until - monotonic()))
         self._listener.stop(max(0.0, until - monotonic()))

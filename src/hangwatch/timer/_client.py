@@ -1,8 +1,8 @@
 """What the clients of the drop-in pairs have in common.
 
-A block goes the native road, through the page, if the client's server has a watcher beside
-it; else the legacy road, over the pair's own transport. It ends on the road on which it
-began: one that changed over would leave behind a timer that kills a healthy worker.
+A block's transport is shared memory, the page, if the client's server has a companion watcher.
+Otherwise it is the pair's own, the queue or the FIFO. A block keeps the transport with which it
+began: if it changed over, it would leave a timer behind that kills a healthy worker.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import weakref
 from collections.abc import Hashable
 from math import isfinite
 
-from hangwatch.overrides import is_overridden, remember
-from hangwatch.pairs.requested import Requested, RequestedBlock
+from hangwatch.timer._built_in_client import BuiltInClient
+from hangwatch.timer._overrides import is_overridden, remember
+from hangwatch.timer._replacing import ReplacingBlock
+from hangwatch.timer._requested import Requested, RequestedBlock
 from hangwatch.worker.acquired import Acquired
-from hangwatch.worker.blocks import ReplacingBlock
-from hangwatch.worker.built_in_client import BuiltInClient
 from hangwatch.worker.client import WorkerClient
 from hangwatch.worker.expiration import forget_slots
 from hangwatch.worker.slots import Scope, Slot
@@ -42,7 +42,7 @@ class DropInClient(BuiltInClient):
         _clients.add(self)
 
     def _forget_parent(self) -> None:
-        """In a forked child: what the parent holds or has asked for is nothing of ours."""
+        """In a forked child: forget the parent's timers and requests, they are not ours."""
         self._requested.forget()
 
     def __getstate__(self) -> dict[str, object]:
@@ -54,14 +54,14 @@ class DropInClient(BuiltInClient):
 
     @abc.abstractmethod
     def _link(self) -> str | None:
-        """Return where a watcher beside the server would be found, if anywhere."""
+        """Return the address file that the server's companion watcher would have, if any."""
 
     @abc.abstractmethod
     def _send(self, scope_id: str, expiration_time: float) -> bool:
-        """Send a request over the pair's transport, as `Requested` wants it."""
+        """Send a request through the queue or the FIFO, as `Requested` wants it."""
 
     def _may_connect(self) -> bool:
-        """Tell whether nobody wants to see what goes the legacy road."""
+        """Tell whether shared memory may be used: nobody overrode what it would bypass."""
         return True
 
     def _state(self) -> str:
@@ -109,7 +109,7 @@ class DropInClient(BuiltInClient):
     def choose(self, key: Hashable, after: object, limit: float, scope: Scope) -> Slot | Block:
         """Claim what a block is armed in; see `PageWriter.choose`."""
         worker = self._connected()
-        # In a block that began on the legacy road, it is that one's timer that it replaces.
+        # In a block that began with the queue or the FIFO, it replaces that block's timer.
         if worker is None or self._requested.holds(scope.name):
             self._say_what_is_lost(scope)
             return RequestedBlock(self._requested, scope, limit)
@@ -122,16 +122,16 @@ class DropInClient(BuiltInClient):
         return slot if outer is None else ReplacingBlock(outer, slot)
 
     def _say_what_is_lost(self, scope: Scope) -> None:
-        """Warn once that the legacy road doesn't carry what a caller chose about an overrun."""
+        """Warn once that the queue, or the FIFO, carries no policy of a block."""
         chosen = scope.on_expiry not in (None, "reap") or scope.grace or scope.signal
         if chosen and not self._warned:
             self._warned = True
             import logging
 
             logging.getLogger("hangwatch").warning(
-                "hangwatch: no watcher is beside the timer server, which knows neither on_expiry "
-                "nor grace nor signal: blocks that are only to be reported run unwatched, "
-                "the others are reaped its way"
+                "hangwatch: the timer server has no companion watcher, and knows neither on_expiry "
+                "nor grace nor signal: blocks that are only to be reported run unwatched, the "
+                "others are reaped its way"
             )
 
     def _lost(self) -> None:
@@ -142,7 +142,7 @@ class DropInClient(BuiltInClient):
             self._worker.move(link)
 
     def _connected(self) -> WorkerClient | None:
-        """Return the native road, if there is one."""
+        """Return the connection to the companion watcher, if there is one."""
         if not self._may_connect():
             return None
         worker = self._worker

@@ -1,13 +1,13 @@
-"""What all clients of ours have in common."""
+"""What hangwatch's own clients have in common."""
 
 from __future__ import annotations
 
-from hangwatch.api import TimerClient
+from hangwatch.timer.api import TimerClient
 from hangwatch.worker.expiration import forget_slots
 
 
 class BuiltInClient(TimerClient):
-    """A client whose blocks need no call of `acquire` and `release`, unless they were replaced."""
+    """A client whose blocks call `acquire` and `release` only if somebody replaced these."""
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
