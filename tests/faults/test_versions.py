@@ -20,7 +20,7 @@ import hangwatch
 from hangwatch import wire
 from hangwatch.keep import address
 from hangwatch.page.layout import WHAT_TO_DO
-from hangwatch.pairs import place
+from hangwatch.timer import _place
 from hangwatch.watcher.refusals import EVERY, Refusals
 from hangwatch.worker import client, connection
 from hangwatch.worker.client import WorkerClient
@@ -215,7 +215,7 @@ class TestAddresses:
             name = Path(address.private_address(shared)).name
             assert name.startswith(f"v3-{os.getpid()}-")
         with tempfile.TemporaryFile() as fifo:
-            assert Path(place.link_of(os.fstat(fifo.fileno()))).name.startswith("v3-pair-")
+            assert Path(_place.link_of(os.fstat(fifo.fileno()))).name.startswith("v3-pair-")
 
     def test_another_version_s_sockets_are_left_alone(self) -> None:
         with tempfile.TemporaryDirectory(prefix="hw-") as name:
@@ -240,9 +240,9 @@ class TestAddresses:
     def test_another_version_s_pairs_are_left_alone(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(place, "known_folder", lambda: str(tmp_path))
+        monkeypatch.setattr(_place, "known_folder", lambda: str(tmp_path))
         names = ["pair-1-2", "v2-pair-1-2", "v3-pair-1-2"]
         for name in names:
             (tmp_path / name).symlink_to("/nowhere")
-        place.sweep()
+        _place.sweep()
         assert sorted(path.name for path in tmp_path.iterdir()) == names[:2]

@@ -74,8 +74,8 @@ def scene() -> Iterator[Scene]:
 def test_what_was_armed_within_a_pause_is_not_due_if_only_the_pause_was_missed(
     scene: Scene,
 ) -> None:
-    details = page.SlotDetails(600.0, 1, 1, "thread", "pause", flags=page.PAUSES)
-    page.write_details(scene.words.cast("B"), 0, details, keep_end=False)
+    details = layout.SlotDetails(600.0, 1, 1, "thread", "pause", flags=layout.PAUSES)
+    layout.write_details(scene.words.cast("B"), 0, details, keep_end=False)
     now = time.monotonic()
     scene.arm(1, deadline=now)
 

@@ -6,7 +6,7 @@ else blocks of one scope are independent of each other.
 
 from __future__ import annotations
 
-from hangwatch.page import NEVER
+from hangwatch.page.layout import NEVER
 from hangwatch.worker.blocks import NoThread, SlotTimer
 from hangwatch.worker.slots import VOID_SLOT, Slot
 
