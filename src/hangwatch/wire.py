@@ -26,6 +26,7 @@ from typing import TypeGuard
 
 from hangwatch.errors import ProtocolError, VersionError
 from hangwatch.page import layout
+from hangwatch.policy import NOTHING_CHOSEN, Policy, known_on_expiry
 
 VERSION = layout.VERSION
 _READS_NO_OTHER = 1
@@ -86,13 +87,11 @@ class Reply:
 
     Attributes:
         reason: why the worker is not welcome; None: it is.
-        on_expiry: what an overrun leads to if the block chose nothing.
-        forced: whether it does so whatever the block chose.
+        policy: of the watcher's, what a worker acts on: `on_expiry` and `force`.
     """
 
     reason: str | None
-    on_expiry: str = ""
-    forced: bool = False
+    policy: Policy = NOTHING_CHOSEN
 
 
 def encode_hello(hello: Hello) -> bytes:
@@ -179,8 +178,8 @@ def encode_reply(reply: Reply, version: int = VERSION) -> bytes:
             "hangwatch": version,
             "welcome": reply.reason is None,
             "reason": (reply.reason or "")[:1024],
-            "on_expiry": reply.on_expiry,
-            "forced": reply.forced,
+            "on_expiry": reply.policy.on_expiry or "",
+            "forced": bool(reply.policy.force),
         }
     ).encode("ascii")
 
@@ -198,10 +197,10 @@ def decode_reply(message: bytes, peer: str = "the watcher") -> Reply:
     """
     fields = _decode(message, "watcher", peer, "this process")
     welcome = fields.get("welcome") is True
+    on_expiry = known_on_expiry(fields.get("on_expiry"))
     return Reply(
         None if welcome else str(fields.get("reason", "")),
-        str(fields.get("on_expiry", "")),
-        fields.get("forced") is True,
+        Policy(on_expiry, force=fields.get("forced") is True),
     )
 
 

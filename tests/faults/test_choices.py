@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-import hangwatch
-from hangwatch.watcher.settings import SIGNAL_GRACE, OnExpiry, Settings, Wishes
 from support import namespaces
 from support.nursery import LIMIT, Worker
 from support.processes import is_alive
@@ -154,42 +152,6 @@ def test_a_server_s_signal(watcher_with: StartWatcher) -> None:
     servers, own = hang(watcher), hang(watcher, signal=int(signal.SIGTERM))
     assert ending(watcher, servers) == (3, "SIGUSR1\n", "reaped")
     assert ending(watcher, own) == (-15, "", "reaped"), "the block's comes first"
-
-
-@pytest.mark.parametrize(
-    ("settings", "wishes", "first", "grace"),
-    [
-        (Settings(), Wishes(), signal.SIGKILL, SIGNAL_GRACE),
-        (Settings(grace=3.0), Wishes(), signal.SIGTERM, 3.0),
-        (Settings(grace=3.0), Wishes(grace=0.0), signal.SIGKILL, 0.0),
-        (Settings(grace=3.0), Wishes(grace=4.0), signal.SIGTERM, 4.0),
-        (Settings(), Wishes(signal=10), 10, SIGNAL_GRACE),
-        (Settings(), Wishes(signal=10, grace=0.0), 10, 0.0),
-        (Settings(signal=12), Wishes(signal=10, grace=1.0), 10, 1.0),
-        (Settings(signal=12), Wishes(), 12, SIGNAL_GRACE),
-    ],
-)
-def test_which_signal_and_which_grace(
-    settings: Settings, wishes: Wishes, first: int, grace: float
-) -> None:
-    ladder = settings.ladder(wishes, 1)
-    assert (ladder.on_expiry, ladder.first, ladder.grace) == (OnExpiry.REAP, first, grace)
-    assert ladder.soft_grace > 0, "an exception needs some time"
-
-
-def test_options_of_a_server_are_checked() -> None:
-    for options, error in (
-        ({"on_expiry": "kill"}, ValueError),
-        ({"grace": -1}, ValueError),
-        ({"signal": "TERM"}, TypeError),
-        ({"signal": 99}, ValueError),
-        ({"gap": 0}, ValueError),
-        ({"gap": "1"}, TypeError),
-        ({"on_event": 3}, TypeError),
-        ({"stack": False}, TypeError),
-    ):
-        with pytest.raises(error, match=next(iter(options))):
-            hangwatch.SharedMemoryTimerServer(**options)
 
 
 def test_the_report_names_the_whole_chain_of_open_scopes(watcher: RunningWatcher) -> None:

@@ -237,7 +237,7 @@ with hangwatch.expires(1000, "long") as timer:
 OTHER_USER_S_WATCHER = """
 import sys
 from hangwatch.keep.serve import serve
-from hangwatch.watcher.settings import OnExpiry, Settings
+from hangwatch.watcher.settings import Settings
 serve(sys.argv[1], Settings(report_dir=sys.argv[2], allowed_uids=frozenset({65534})))
 """
 OTHER_USER_S_WORKER = f"""

@@ -50,7 +50,7 @@ with hangwatch.expires(after=0.3, scope="at last"):
     time.sleep(1000)
 """
 
-# Every slot is overdue. Its threads are a bystander's; its wishes are anything.
+# Every slot is overdue. Its threads are a bystander's; its policy is anything.
 HOSTILE = """
 import json, os, random, signal, socket, struct, sys, time
 address, seed, numbers, file = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4]
@@ -79,11 +79,12 @@ for index in range(slots):
         native_id=claimed if soft else rng.choice(theirs),
         thread_name="MainThread",
         scope="hostile",
-        flags=flags,
-        signal=rng.choice([0, -1, 9, 10, 12, 15, 19, 40, 64, 65, -2**31]),
-        grace=0.2 if flags == 2 else rng.choice([0.0, -1.0, 0.1, float("nan")]),
     )
     layout.write_details(memory, index, details, keep_end=True)
+    signal_number = rng.choice([0, -1, 9, 10, 12, 15, 19, 40, 64, 65, -2**31])
+    struct.pack_into("=Ii", memory, layout.slot_byte(index) + 48, flags, signal_number)
+    grace = 0.2 if flags == 2 else rng.choice([0.0, -1.0, 0.1, float("nan")])
+    struct.pack_into("=d", memory, layout.slot_byte(index) + 72, grace)
     layout.write_enclosing(memory, index, rng.choice([None, None, index]), 1.0)
     words[layout.deadline_word(index) + layout.ENTRY] = 1.0
     words[layout.deadline_word(index)] = time.monotonic() - rng.random()

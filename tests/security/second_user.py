@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from hangwatch.options import checked_settings
+from hangwatch.watcher.settings import checked_settings
 from support.nursery import Nursery, Worker
 from support.watchers import RunningWatcher
 

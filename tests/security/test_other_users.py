@@ -21,8 +21,9 @@ import hangwatch
 from hangwatch import failpoints
 from hangwatch.errors import AddressError, ProtocolError
 from hangwatch.keep.address import listen
-from hangwatch.options import checked_settings, checked_uid
 from hangwatch.watcher import admission
+from hangwatch.watcher.settings import checked_settings
+from hangwatch.watcher.users import checked_uid
 from security.second_user import (
     ANOTHER,
     THIRD_UID,

@@ -33,6 +33,7 @@ from hangwatch.evidence.model import (
     Worker,
 )
 from hangwatch.page import layout
+from hangwatch.policy import OnExpiry, Policy
 from hangwatch.process import Identity, parse_stat, read_stat
 from hangwatch.watcher.identity import pidfd_by_number
 from hangwatch.worker.labels import labels_from
@@ -68,7 +69,9 @@ def test_what_is_known_of_a_worker_always_fits_into_a_message(data: st.DataObjec
 
 def test_details_survive_the_page() -> None:
     memory = memoryview(bytearray(layout.PAGE_BYTES))
-    written = layout.SlotDetails(1.5, 7, 8, "loader", "all_reduce", flags=3, signal=15)
+    written = layout.SlotDetails(
+        1.5, 7, 8, "loader", "all_reduce", Policy(OnExpiry.REAP, 0.0, 15), pauses=True
+    )
     layout.write_details(memory, 5, written, keep_end=False)
     read = layout.read_details(memory, 5)
     for name in layout.SlotDetails.__slots__:
@@ -150,7 +153,8 @@ def test_another_version_is_told_what_to_do() -> None:
 
 
 def test_a_reply_survives_the_wire() -> None:
-    for reply in (wire.Reply(None, "raise"), wire.Reply("too many")):
+    raises, nothing = Policy(OnExpiry.RAISE, force=True), Policy(force=False)
+    for reply in (wire.Reply(None, raises), wire.Reply("too many", nothing)):
         assert wire.decode_reply(wire.encode_reply(reply)) == reply
 
 

@@ -430,32 +430,8 @@ class TestHandle:
             hangwatch.paused("own", 60, client=Own()).__enter__()
 
 
-class TestBadChoices:
-    @pytest.mark.parametrize(
-        ("choice", "error", "says"),
-        [
-            ({"on_expiry": "kill"}, ValueError, "'report', 'raise' or 'reap'"),
-            ({"on_expiry": 3}, ValueError, "'report', 'raise' or 'reap'"),
-            ({"grace": -1}, ValueError, "0 or more"),
-            ({"grace": "1"}, TypeError, "number of seconds"),
-            ({"grace": float("nan")}, ValueError, "0 or more"),
-            ({"signal": 0}, ValueError, "on_expiry='report'"),
-            ({"signal": 65}, ValueError, "1 to 64"),
-            ({"signal": "TERM"}, TypeError, "signal.SIGTERM"),
-            ({"signal": True}, TypeError, "signal.SIGTERM"),
-            ({"grace": []}, TypeError, "number of seconds"),
-        ],
-    )
-    def test_are_said_on_entering(
-        self, client: QuietClient, choice: dict[str, object], error: type[Exception], says: str
-    ) -> None:
-        block = hangwatch.expires(1000, "bad", **choice)  # type: ignore[arg-type]
-        with pytest.raises(error, match=says), block:
-            raise AssertionError("entered")
-        assert client.armed() == {}
-
-    def test_a_pause_needs_a_limit(self, client: QuietClient) -> None:
-        with pytest.raises(TypeError, match="after"):
-            hangwatch.paused("no limit")  # type: ignore[call-arg]
-        with pytest.raises(ValueError, match="finite"):
-            hangwatch.paused("for ever", after=inf).__enter__()
+def test_a_pause_needs_a_limit(client: QuietClient) -> None:
+    with pytest.raises(TypeError, match="after"):
+        hangwatch.paused("no limit")  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="finite"):
+        hangwatch.paused("for ever", after=inf).__enter__()

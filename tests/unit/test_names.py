@@ -75,7 +75,7 @@ def test_there_is_one_path_to_each_module(name: str) -> None:
     assert importlib.util.find_spec(f"hangwatch.{name}") is None
 
 
-ROOMS = ("cli", "evidence", "integrations", "keep", "options", "timer", "watcher")
+ROOMS = ("cli", "evidence", "integrations", "keep", "timer", "watcher")
 
 
 def test_importing_hangwatch_loads_the_worker_s_side_alone() -> None:

@@ -21,7 +21,7 @@ from hangwatch.page.view import Armed
 from hangwatch.process import Identity
 from hangwatch.watcher import watcher as watcher_module
 from hangwatch.watcher.case import case_of
-from hangwatch.watcher.settings import OnExpiry, Settings
+from hangwatch.watcher.settings import checked_settings
 from hangwatch.watcher.visit import visit
 from hangwatch.watcher.watched import Watched
 from hangwatch.watcher.watcher import Watcher
@@ -56,7 +56,7 @@ def scene() -> Iterator[Scene]:
         listener.listen()
         link, keeper = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        settings = Settings(OnExpiry.REPORT, tree=False)
+        settings = checked_settings(on_expiry="report", tree=False, report_dir=None)
         with listener, link, keeper, theirs:
             watched = Watched(
                 connection=ours,
@@ -74,7 +74,7 @@ def scene() -> Iterator[Scene]:
 def test_what_was_armed_within_a_pause_is_not_due_if_only_the_pause_was_missed(
     scene: Scene,
 ) -> None:
-    details = layout.SlotDetails(600.0, 1, 1, "thread", "pause", flags=layout.PAUSES)
+    details = layout.SlotDetails(600.0, 1, 1, "thread", "pause", pauses=True)
     layout.write_details(scene.words.cast("B"), 0, details, keep_end=False)
     now = time.monotonic()
     scene.arm(1, deadline=now)
@@ -164,9 +164,9 @@ def test_reading_a_page_of_nonsense_takes_no_time_and_says_something() -> None:
                 spent = reader.spent(slot, 5.0)
                 assert all(isfinite(t or 0.0) for t in (spent.limit, spent.inside))
                 assert len(reader.within(slot)) <= 32
-                wishes = reader.wishes(slot)
-                assert wishes.grace is None or 0 <= wishes.grace <= 86400
-                assert -1 <= wishes.signal <= 64
+                chosen = reader.policy(slot)
+                assert chosen.grace is None or 0 <= chosen.grace <= 86400
+                assert chosen.signal is None or chosen.signal == -1 or 0 < chosen.signal <= 64
                 assert reader.change_of(slot) in (
                     *(None, "the block has ended", "the block has got more time"),
                     "the process has paused its timers",

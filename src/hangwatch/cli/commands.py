@@ -6,16 +6,28 @@ import math
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import click
 
 import hangwatch
 from hangwatch.errors import HangwatchError
 from hangwatch.folder import REPORT_DIR
-from hangwatch.options import Options, checked_settings, checked_uid
-from hangwatch.watcher.settings import OnExpiry
-from hangwatch.worker.arguments import LAST_SIGNAL
+from hangwatch.policy import (
+    LAST_SIGNAL,
+    OPTIONS,
+    OnExpiry,
+    Option,
+    checked_flag,
+    checked_grace,
+    checked_on_expiry,
+    checked_signal,
+)
+from hangwatch.watcher.settings import checked_settings
+from hangwatch.watcher.users import checked_uid
+
+if TYPE_CHECKING:
+    from hangwatch.watcher.settings import Options
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -66,43 +78,49 @@ class _User(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
-def _expiry_options(command: _F) -> _F:
+_TYPES: dict[object, click.ParamType[Any]] = {
+    checked_on_expiry: click.Choice([choice.value for choice in OnExpiry]),
+    checked_grace: _Seconds(),
+    checked_signal: _Signal(),
+}
+
+
+def _policy_options(but: str = "") -> Callable[[_F], _F]:
+    """Give a command an option for each of `policy.OPTIONS`, `but` for one."""
+
+    def add(command: _F) -> _F:
+        for name, option in reversed(OPTIONS.items()):
+            if name != but:
+                command = _policy_option(name, option)(command)
+        return command
+
+    return add
+
+
+def _policy_option(name: str, option: Option) -> Callable[[_F], _F]:
+    words = f"--{name.replace('_', '-')}"
+    if option.check is checked_flag:
+        if option.default:
+            words += f"/--no-{name.replace('_', '-')}"
+        return click.option(words, name, is_flag=True, default=option.default, help=option.help)
+    return click.option(
+        words,
+        name,
+        type=_TYPES[option.check],
+        default=option.default,
+        show_default=option.default is not None,
+        help=option.help,
+    )
+
+
+def _settings_options(command: _F) -> _F:
     options = [
-        click.option(
-            "--on-expiry",
-            type=click.Choice([choice.value for choice in OnExpiry]),
-            default=OnExpiry.REAP.value,
-            show_default=True,
-            help="What happens if a block overruns that does not say: kill the worker, "
-            "raise TimerExpired in the block first, or only report it.",
-        ),
-        click.option(
-            "--grace",
-            type=_Seconds(),
-            default=0.0,
-            show_default=True,
-            help="Seconds after each step before SIGKILL (SIGTERM); 0: SIGKILL at once.",
-        ),
-        click.option(
-            "--signal",
-            type=_Signal(),
-            help="What is sent first.  [default: SIGTERM if there is a grace]",
-        ),
         click.option(
             "--gap",
             type=_Seconds("more than 0"),
             help="Seconds that a connected worker may stay outside of every block.  "
             "[default: for ever]",
         ),
-        click.option(
-            "--tree/--no-tree", default=True, help="Kill the worker's descendants, too. [default]"
-        ),
-        click.option(
-            "--stacks/--no-stacks",
-            default=True,
-            help="Ask an overdue worker for its Python stacks, by a signal. [default]",
-        ),
-        click.option("--kill-debugged", is_flag=True, help="Kill also who is under a debugger."),
         click.option(
             "--allow-uid",
             "allow_uids",
@@ -147,7 +165,8 @@ class _Run(click.Command):
     help="Keep the newest 100 reports here.",
 )
 @click.option("--events", metavar="FILE", help="Append what happens here, as lines of JSON.")
-@_expiry_options
+@_policy_options(but="force")
+@_settings_options
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(command: tuple[str, ...], events: str | None, **options: Unpack[Options]) -> None:
     """Run COMMAND with a watcher beside it.
@@ -171,18 +190,9 @@ def run(command: tuple[str, ...], events: str | None, **options: Unpack[Options]
 @main.command()
 @click.option("--address", metavar="PATH", help="Listen at this path.")
 @click.option("--report-dir", metavar="DIR", help="Keep the newest 100 reports here.")
-@_expiry_options
-@click.option("--force", is_flag=True, help="Let --on-expiry override what blocks say.")
-@click.option("--lifeline", type=int, hidden=True)
-@click.option("--events-to", type=int, hidden=True)
-@click.option("--spare", type=int, default=0, hidden=True)
-def serve(
-    address: str | None,
-    lifeline: int | None,
-    events_to: int | None,
-    spare: int,
-    **options: Unpack[Options],
-) -> None:
+@_policy_options()
+@_settings_options
+def serve(address: str | None, **options: Unpack[Options]) -> None:
     """Watch the workers that connect, until told to stop.
 
     Listens on the socket that systemd passed, at --address, or in the user's own folder
@@ -191,8 +201,7 @@ def serve(
     from hangwatch.keep.serve import serve as watch
 
     try:
-        settings = checked_settings(**options, spared_pid=spare)
-        watch(address, settings, lifeline, events_to)
+        watch(address, checked_settings(**options))
     except HangwatchError as error:
         raise click.ClickException(str(error)) from None
 

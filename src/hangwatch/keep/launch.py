@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import secrets
 import signal
@@ -15,21 +17,19 @@ import weakref
 from pathlib import Path
 
 from hangwatch.errors import LaunchError
-from hangwatch.keep import address
+from hangwatch.keep import address, startup
 from hangwatch.watcher.settings import Settings
 
 _READY_WITHIN = 15.0
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+_FIRST_FREE = 3  # behind the standard streams
 
 
 class WatcherProcess:
-    """A `hangwatch serve` of our own, at an address that only our children know.
+    """A keeper of our own, and its watcher, at an address that only our children know.
 
     Args:
-        report_dir: the report folder; None keeps no reports.
-        on_expiry: what happens to a worker whose block overran.
-        grace: seconds between SIGTERM and SIGKILL.
-        tree: whether a worker's descendants are killed with it.
+        settings: what the watcher is told.
         at: where it listens; by default at an address of its own.
         events: a socket that it tells `Event`s to; still the caller's afterwards.
 
@@ -45,9 +45,6 @@ class WatcherProcess:
     ) -> None:
         shared = bool(settings.other_users())
         self.address = os.path.abspath(at or address.private_address(shared))
-        arguments = ["--address", self.address, *arguments_of(settings)]
-        if events is not None:
-            arguments += ["--events-to", str(events)]
         lifeline, self._lifeline = os.pipe()
         _all.add(self)
         # An abstract name: no file, no folder, nothing that can be too long; unix(7).
@@ -56,19 +53,9 @@ class WatcherProcess:
             try:
                 ready.bind(f"\0{name}")
                 ready.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-                self._process = subprocess.Popen(
-                    [
-                        *(sys.executable, "-P", "-m", "hangwatch", "serve", *arguments),
-                        *("--lifeline", str(lifeline)),
-                    ],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    env=_environment(f"@{name}"),
-                    pass_fds=[lifeline] if events is None else [lifeline, events],
-                    process_group=0,
-                )
+                self._process = self._start(f"@{name}", settings, lifeline, events)
                 self._wait_ready(ready)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: a NUL in the address
                 self._close()
                 raise LaunchError(f"the watcher can't be started ({error})") from None
             finally:
@@ -110,6 +97,37 @@ class WatcherProcess:
             threading.Thread(target=self._process.wait, daemon=True).start()
         self._close()
 
+    def _start(
+        self, notify: str, settings: Settings, lifeline: int, events: int | None
+    ) -> subprocess.Popen[bytes]:
+        with contextlib.ExitStack() as passed:
+
+            def pass_on(descriptor: int) -> int:
+                # Where our program closed its own, one of ours may have the number of a standard
+                # stream, which is the keeper's own stream by then.
+                ours = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE)
+                passed.callback(os.close, ours)
+                return ours
+
+            descriptors = [pass_on(one) for one in (lifeline, events) if one is not None]
+            told = startup.write(startup.Startup(settings, *descriptors))
+            try:
+                descriptors.append(pass_on(told))
+            finally:
+                os.close(told)
+            return subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "hangwatch.keep"),
+                    *(self.address, str(descriptors[-1])),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=None if _has_standard_error() else subprocess.DEVNULL,
+                env=_environment(notify),
+                pass_fds=descriptors,
+                process_group=0,
+            )
+
     def _close(self) -> None:
         if self._lifeline >= 0:
             os.close(self._lifeline)
@@ -136,6 +154,14 @@ class WatcherProcess:
         raise LaunchError(f"the watcher was not ready within {_READY_WITHIN:g} s")
 
 
+def _has_standard_error() -> bool:
+    """Tell whether a child that we start inherits a standard error stream."""
+    try:
+        return os.get_inheritable(2)
+    except OSError:
+        return False
+
+
 def _is_of_our_user(ancillary: list[tuple[int, int, bytes]]) -> bool:
     """Tell whether a message's sender is our own user, by the kernel's word; unix(7).
 
@@ -146,27 +172,6 @@ def _is_of_our_user(ancillary: list[tuple[int, int, bytes]]) -> bool:
         and _CREDENTIALS.unpack(data)[1] in (os.getuid(), os.geteuid())
         for _, kind, data in ancillary
     )
-
-
-def arguments_of(settings: Settings) -> list[str]:
-    """Return settings as options of ``hangwatch serve``."""
-    options = {
-        "--on-expiry": settings.on_expiry.value,
-        "--grace": repr(settings.grace),
-        "--signal": str(settings.signal or ""),
-        "--gap": repr(settings.gap) if settings.gap else "",
-        "--report-dir": settings.report_dir or "",
-        "--spare": str(settings.spared_pid or ""),
-    }
-    flags = {
-        "--force": settings.force,
-        "--no-tree": not settings.tree,
-        "--no-stacks": not settings.stacks,
-        "--kill-debugged": settings.kill_debugged,
-    }
-    given = [word for name, value in options.items() if value for word in (name, value)]
-    given += [word for uid in settings.other_users() for word in ("--allow-uid", str(uid))]
-    return given + [name for name, is_set in flags.items() if is_set]
 
 
 def _environment(notify: str) -> dict[str, str]:

@@ -30,7 +30,7 @@ def serve(
     Args:
         path: where to listen; by default on the socket that systemd passed, else at
             `address.default_address`.
-        settings: what to do about a block that overran.
+        settings: what the watcher is told.
         lifeline: a descriptor whose end of file says that the launcher has gone. Keeper
             and watcher then end as soon as no worker is left. While the launcher is
             stopped, watching is paused.
@@ -50,10 +50,7 @@ def serve(
         listener = address.listen(ours, others)
     launcher = None
     if lifeline is not None:
-        os.set_inheritable(lifeline, False)
         launcher = os.getppid()
-    if events is not None:
-        os.set_inheritable(events, False)
 
     def watch(successor: bool, link: socket.socket, kept: dict[int, Kept]) -> None:
         if not _watch(listener, link, kept, settings, lifeline, launcher, events, successor):

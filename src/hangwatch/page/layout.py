@@ -21,9 +21,9 @@ Layout (native byte order, one memfd):
         16  f64 entry: generation * 2**32 + times entered; a new scope is a new generation
         24  f64 limit
         32  u64 threading.get_ident(), u64 threading.get_native_id()
-        48  u32 flags, i32 signal
+        48  u32 flags, i32 signal (`policy.to_words`; of the flags, `PAUSES` is not the policy's)
         56  u64 the enclosing slot's index + 1 (0: none), f64 its entry
-        72  f64 grace
+        72  f64 grace (`policy.to_words`)
         80  f64 entry of which the next two speak
         88  f64 when the block was entered, f64 limit of its present interval
         104 f64 entry that was ended by an exception of ours, the last one
@@ -54,6 +54,7 @@ from collections.abc import Iterable, Iterator
 from math import isfinite
 
 from hangwatch.errors import PageError
+from hangwatch.policy import NOTHING_CHOSEN, Policy, from_words, to_words
 
 VERSION = 3
 MAGIC = b"hangwat" + bytes([VERSION])
@@ -100,16 +101,9 @@ _CUT = "…"
 
 NEVER = 2.0**62
 """The deadline of an open block that is never due: cancelled, or replaced by an inner block."""
-NEVER_KILL = -1
-"""In the place of a slot's signal: an overrun is reported, and the worker left alone."""
-NO_GRACE = -1.0
-"""In the place of a slot's grace: none, whatever the server's."""
 
-# Flags: two bits of what an overrun leads to, ...
-ON_EXPIRY = (None, "report", "raise", "reap")
-ON_EXPIRY_BITS = 3
-# ... and whether the block suspends the process's other timers.
 PAUSES = 4
+"""A flag: whether the block suspends the process's other timers."""
 _FLAGS_LOW_AT = 48 if sys.byteorder == "little" else 51
 
 # One generation is one scope's stay in a slot. The generation wraps long before
@@ -132,14 +126,13 @@ class SlotDetails:
         limit: seconds that the block may take.
         ident: `threading.get_ident()` of the thread that holds the block.
         native_id: its kernel thread id.
-        flags: what an overrun leads to (`on_expiry`), and `PAUSES`.
-        signal: what an overrun sends first, `NEVER_KILL`, or 0 for the server's choice.
-        grace: seconds that each step before SIGKILL has, `NO_GRACE`, or 0.0 for the server's.
         thread_name: Python's name of the thread, perhaps cut.
         scope: the block's name, perhaps cut.
+        policy: what the block chose about an overrun.
+        pauses: whether the process's other timers are suspended while the block lasts.
     """
 
-    __slots__ = ("flags", "grace", "ident", "limit", "native_id", "scope", "signal", "thread_name")
+    __slots__ = ("ident", "limit", "native_id", "pauses", "policy", "scope", "thread_name")
 
     def __init__(
         self,
@@ -148,28 +141,16 @@ class SlotDetails:
         native_id: int,
         thread_name: str,
         scope: str,
-        flags: int = 0,
-        signal: int = 0,
-        grace: float = 0.0,
+        policy: Policy = NOTHING_CHOSEN,
+        pauses: bool = False,
     ) -> None:
         self.limit = limit
         self.ident = ident
         self.native_id = native_id
         self.thread_name = thread_name
         self.scope = scope
-        self.flags = flags
-        self.signal = signal
-        self.grace = grace
-
-    @property
-    def on_expiry(self) -> str | None:
-        """What an overrun leads to, of `ON_EXPIRY`; None: what the server says."""
-        return ON_EXPIRY[self.flags & ON_EXPIRY_BITS]
-
-    @property
-    def pauses(self) -> bool:
-        """Whether the process's other timers are suspended while the block lasts."""
-        return bool(self.flags & PAUSES)
+        self.policy = policy
+        self.pauses = pauses
 
 
 def deadline_word(index: int) -> int:
@@ -371,16 +352,17 @@ def write_details(memory: memoryview, index: int, details: SlotDetails, keep_end
         keep_end: cut a long scope at its beginning (a path's end tells more).
     """
     at = slot_byte(index)
+    flags, signal, grace = to_words(details.policy)
     _DETAILS.pack_into(
         memory,
         at + _DETAILS_AT,
         details.limit,
         details.ident,
         details.native_id,
-        details.flags,
-        details.signal,
+        flags | PAUSES * details.pauses,
+        signal,
     )
-    _GRACE.pack_into(memory, at + _GRACE_AT, details.grace)
+    _GRACE.pack_into(memory, at + _GRACE_AT, grace)
     write_enclosing(memory, index, None, 0.0)
     name = cut(details.thread_name, _THREAD_BYTES).ljust(_THREAD_BYTES, b"\0")
     scope = cut(details.scope, _SCOPE_BYTES, keep_end=keep_end).ljust(_SCOPE_BYTES, b"\0")
@@ -427,9 +409,8 @@ def read_details(memory: memoryview, index: int, offset: int = HEADER_BYTES) -> 
         native_id=native_id,
         thread_name=_text(memory, at + _THREAD_AT, _THREAD_BYTES),
         scope=_text(memory, at + _SCOPE_AT, _SCOPE_BYTES),
-        flags=flags,
-        signal=signal,
-        grace=grace if isfinite(grace) else 0.0,
+        policy=from_words(flags, signal, grace),
+        pauses=bool(flags & PAUSES),
     )
 
 

@@ -6,13 +6,12 @@ anything there, also while it is read: no byte makes a method here raise, or run
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from math import inf
 
 from hangwatch.page import layout
+from hangwatch.policy import LAST_SIGNAL
 
-_LAST_SIGNAL = int(signal.SIGRTMAX)
 _MOST_WITHIN = 32
 
 
@@ -78,7 +77,7 @@ class View:
     def raise_signal(self) -> int:
         """Return the signal that makes the main thread raise; 0: none."""
         number = self._words[layout.RAISE_SIGNAL]
-        return int(number) if 0 < number <= _LAST_SIGNAL else 0
+        return int(number) if 0 < number <= LAST_SIGNAL else 0
 
     def in_use(self) -> int:
         """Return how many slots to look at: those that were ever given out."""

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Hashable
 from math import isfinite
 
+from hangwatch.policy import NOTHING_CHOSEN, OnExpiry, Policy, decide
 from hangwatch.timer._built_in_client import BuiltInClient
 from hangwatch.timer._overrides import is_overridden, remember
 from hangwatch.timer._replacing import ReplacingBlock
@@ -68,8 +69,9 @@ class DropInClient(BuiltInClient):
         connected = self._worker is not None and self._worker.is_connected
         return "connected to a watcher" if connected else "not connected to a watcher"
 
-    def _signal_in_page(self) -> int:
-        return 0
+    def _policy(self) -> Policy:
+        """Return what an overrun leads to, as far as a block doesn't choose it."""
+        return NOTHING_CHOSEN
 
     def acquire(self, scope_id: str, expiration_time: float) -> None:
         """Acquire a timer; one of the same name that the caller holds already is replaced.
@@ -88,9 +90,9 @@ class DropInClient(BuiltInClient):
             self._requested.replace(scope_id, expiration_time)
             return
         after = max(expiration_time - time.time(), 1e-9)
-        signal = self._signal_in_page()
-        scope = Scope(scope_id, keeps=self, signal=signal)
-        slot = worker.claim(("acquired", id(self), scope_id, signal), after, after, scope)
+        policy = self._policy()
+        scope = Scope(scope_id, keeps=self, policy=policy)
+        slot = worker.claim(("acquired", id(self), scope_id, policy), after, after, scope)
         self._acquired.release(scope_id)
         self._acquired.add(scope_id, slot)
         if self._requested.holds(scope_id):  # from before there was a watcher
@@ -113,9 +115,9 @@ class DropInClient(BuiltInClient):
         if worker is None or self._requested.holds(scope.name):
             self._say_what_is_lost(scope)
             return RequestedBlock(self._requested, scope, limit)
-        scope.signal = scope.signal or self._signal_in_page()
+        scope.policy = decide(scope.policy, self._policy())
         scope.independent = scope.pauses
-        slot = worker.choose((key, scope.signal), after, limit, scope)
+        slot = worker.choose((key, scope.policy), after, limit, scope)
         if not isinstance(slot, Slot):
             return slot
         outer = slot.thread.innermost(scope.name)
@@ -123,8 +125,7 @@ class DropInClient(BuiltInClient):
 
     def _say_what_is_lost(self, scope: Scope) -> None:
         """Warn once that the queue, or the FIFO, carries no policy of a block."""
-        chosen = scope.on_expiry not in (None, "reap") or scope.grace or scope.signal
-        if chosen and not self._warned:
+        if scope.policy not in (NOTHING_CHOSEN, Policy(OnExpiry.REAP)) and not self._warned:
             self._warned = True
             import logging
 

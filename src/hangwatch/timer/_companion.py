@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from time import monotonic
 
 from hangwatch.errors import AddressError, LaunchError
@@ -14,7 +15,7 @@ from hangwatch.keep.event_listener import EventListener
 from hangwatch.keep.launch import WatcherProcess
 from hangwatch.timer import _place
 from hangwatch.watcher.events import Event
-from hangwatch.watcher.settings import Settings
+from hangwatch.watcher.settings import checked_settings
 
 
 class CompanionWatcher:
@@ -39,9 +40,8 @@ class CompanionWatcher:
     ) -> None:
         self._link = link
         self._listener = EventListener(on_event)
-        folder = None if report_dir is None else os.path.abspath(report_dir)
-        settings = Settings(report_dir=folder, spared_pid=os.getpid())
         try:
+            settings = replace(checked_settings(report_dir=report_dir), spared_pid=os.getpid())
             self._process = WatcherProcess(settings, events=self._listener.theirs.fileno())
             try:
                 check_folder(known_folder())

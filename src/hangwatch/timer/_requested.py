@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from math import inf, nan
 
+from hangwatch.policy import OnExpiry
 from hangwatch.worker.acquired import Holder, holder
 from hangwatch.worker.blocks import NoThread, no_end
 from hangwatch.worker.slots import VOID_SLOT, Scope, Slot
@@ -231,7 +232,7 @@ class RequestedBlock:
         """Ask for the timer; the slot that is armed then is nobody's."""
         try:
             # Such a server can only kill.
-            limit = inf if self._scope.on_expiry == "report" else self._limit
+            limit = inf if self._scope.policy.on_expiry is OnExpiry.REPORT else self._limit
             self._timer = timer = _Timer(time.time() + limit, self._scope.pauses)
             self._requested.begin(self._name, timer)
         except BaseException:
@@ -258,7 +259,7 @@ class RequestedBlock:
 
     def renew(self, limit: float | None) -> bool:
         """Ask for another interval."""
-        if self._scope.on_expiry == "report":
+        if self._scope.policy.on_expiry is OnExpiry.REPORT:
             limit = inf
         return self._timer is not None and self._requested.renew(self._name, self._timer, limit)
 

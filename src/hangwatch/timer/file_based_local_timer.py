@@ -10,7 +10,7 @@ from math import isfinite
 from time import monotonic, sleep
 
 from hangwatch.folder import REPORT_DIR
-from hangwatch.page.layout import NEVER_KILL
+from hangwatch.policy import NO_SIGNAL, Policy
 from hangwatch.timer import _fifo, _place
 from hangwatch.timer._client import DropInClient
 from hangwatch.timer._complaints import Complaints
@@ -117,8 +117,8 @@ class FileTimerClient(DropInClient):
         except OSError:
             return None
 
-    def _signal_in_page(self) -> int:
-        return int(self.signal) if self.signal > 0 else NEVER_KILL
+    def _policy(self) -> Policy:
+        return Policy(signal=int(self.signal) if self.signal > 0 else NO_SIGNAL)
 
     def _send(self, scope_id: str, expiration_time: float) -> bool:
         acquires = expiration_time >= 0

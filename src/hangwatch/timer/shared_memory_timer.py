@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from hangwatch.keep.event_listener import EventListener
     from hangwatch.keep.launch import WatcherProcess
-    from hangwatch.options import Options
     from hangwatch.watcher.events import Event
+    from hangwatch.watcher.settings import Options
 
 _EVENTS_WITHIN = 5.0
 
@@ -100,14 +100,8 @@ class SharedMemoryTimerServer:
     ) -> None:
         if on_event is not None and not callable(on_event):
             raise TypeError(f"on_event must be callable, not {type(on_event).__name__}")
-        from hangwatch.options import Options, checked_settings
+        from hangwatch.watcher.settings import checked_settings
 
-        unknown = sorted(options.keys() - Options.__annotations__.keys())
-        if unknown:
-            raise TypeError(
-                f"there is no option {unknown[0]!r}: "
-                f"there are on_event, {', '.join(Options.__annotations__)}"
-            )
         self._settings = checked_settings(**options)
         self._wanted_address = None if address is None else os.fspath(address)
         self._on_event = on_event

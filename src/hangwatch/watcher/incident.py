@@ -22,12 +22,12 @@ from hangwatch.evidence.report import facts, headline
 from hangwatch.evidence.stacks import Asked
 from hangwatch.failpoints import failpoint
 from hangwatch.page.view import Armed
+from hangwatch.policy import OnExpiry
 from hangwatch.watcher.descendants import Doomed, Sentence, Tree
 from hangwatch.watcher.error_file import ErrorFile
 from hangwatch.watcher.page_reader import ENDED, PAUSED
 from hangwatch.watcher.raising import SoftEnding
 from hangwatch.watcher.reporter import BY_ANOTHER, RAISE, Reporter, name_of
-from hangwatch.watcher.settings import OnExpiry
 from hangwatch.watcher.verdict import Surroundings, Verdict
 
 EVIDENCE_WITHIN = 2.0
@@ -152,20 +152,20 @@ class Incident:
 
     def _asks_for_debuggers(self) -> bool:
         """Tell whether somebody who is under a debugger would have to be spared."""
-        harmless = self.verdict.ladder.on_expiry is OnExpiry.REPORT
-        return not (harmless or self._around.settings.kill_debugged)
+        harmless = self.verdict.policy.on_expiry is OnExpiry.REPORT
+        return not (harmless or self.verdict.policy.kill_debugged)
 
     def _is_about_to_be_killed(self) -> bool:
-        ladder = self.verdict.ladder
+        policy = self.verdict.policy
         # Another signal may be one that the worker handles, and lives on.
-        return ladder.on_expiry is OnExpiry.REAP and ladder.first in (
+        return policy.on_expiry is OnExpiry.REAP and policy.first_signal in (
             signal.SIGTERM,
             signal.SIGKILL,
         )
 
     def _why_unasked(self) -> str | None:
         """Say why the worker is not asked for its stacks; None: it is."""
-        if not self._around.settings.stacks:
+        if not self.verdict.policy.stacks:
             return "the watcher was told not to ask"
         if not self._is_about_to_be_killed():
             return "only a worker that is about to be killed is asked: a request can disturb it"
@@ -226,21 +226,21 @@ class Incident:
         return self._debugger is not None and self._asks_for_debuggers()
 
     def _act(self) -> Generator[float, None, Outcome]:
-        ladder = self.verdict.ladder
-        if ladder.on_expiry is OnExpiry.REPORT:
+        policy = self.verdict.policy
+        if policy.on_expiry is OnExpiry.REPORT:
             return self._nothing_to_do() or Outcome.REPORTED
         # Before anything is done, so that a report survives us.
         self._start_reporter()
         yield from self._inherit()
         failpoint("incident.reporter")
-        if ladder.on_expiry is OnExpiry.RAISE:
+        if policy.on_expiry is OnExpiry.RAISE:
             outcome = yield from self._raise()
             if outcome is not None:
                 return outcome
         error_file = yield from self._leave_error_file()
         outcome = None
-        if ladder.first != signal.SIGKILL:
-            outcome = yield from self._step(ladder.first, ladder.grace)
+        if policy.first_signal != signal.SIGKILL:
+            outcome = yield from self._step(policy.first_signal, policy.signal_grace)
         if outcome is None:
             outcome = yield from self._step(signal.SIGKILL, _DEAD_WITHIN)
         if outcome is Outcome.REAPED:
@@ -281,8 +281,8 @@ class Incident:
             overdue=self._overdue,
             note=self._note,
         )
-        self._announce(RAISE, [], verdict.ladder.soft_grace)
-        yield from ending.ask(verdict.ladder.soft_grace)
+        self._announce(RAISE, [], verdict.policy.raise_grace)
+        yield from ending.ask(verdict.policy.raise_grace)
         if self._was_raised():
             self._note("look", ENDED)
             return Outcome.RAISED
@@ -342,7 +342,7 @@ class Incident:
     def _step(self, number: int, within: float) -> Generator[float, None, Outcome | None]:
         worker = self.verdict.worker
         doomed = []
-        if self._around.settings.tree:
+        if self.verdict.policy.tree:
             doomed = self._tree.look(worker.identity, self._around.spared(worker))
             failpoint("ladder.tree")
         yield from self._wait_out_pause()

@@ -33,6 +33,6 @@ def of_incident(event: str, verdict: Verdict, headline: str) -> Event:
         "late_s": round(case.scope.late_s, 6),
         "thread": case.scope.thread.name,
         "expiration_time": case.at - case.scope.late_s,
-        "signal": verdict.wishes.signal,
+        "signal": verdict.chosen.signal or 0,
         "headline": headline,
     }

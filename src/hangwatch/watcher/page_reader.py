@@ -5,18 +5,14 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-import signal
 from dataclasses import dataclass
 from math import isfinite
 
 from hangwatch.errors import PageError
 from hangwatch.page import layout
 from hangwatch.page.view import Armed, View
-from hangwatch.watcher.settings import OnExpiry, Wishes
+from hangwatch.policy import Policy
 
-_LAST_SIGNAL = int(signal.SIGRTMAX)
-# A worker that asks for more is never ended by a watcher that is older than that.
-LONGEST_GRACE = 86400.0
 ENDED = "the block has ended"
 PAUSED = "the process has paused its timers"
 
@@ -126,16 +122,9 @@ class PageReader(View):
         """Tell whether what was judged may come up again: the block, or the standstill, lasts."""
         return self.is_still(found) if isinstance(found, Standstill) else self.is_unchanged(found)
 
-    def wishes(self, slot: Armed) -> Wishes:
-        """Return what a block asks for; what is none of what may be asked for is passed over."""
-        details = self.read_details(slot.index)
-        known = details.signal == layout.NEVER_KILL or 0 < details.signal <= _LAST_SIGNAL
-        grace = details.grace if details.grace > 0 else 0.0
-        return Wishes(
-            None if details.on_expiry is None else OnExpiry(details.on_expiry),
-            details.signal if known else 0,
-            None if details.grace == 0.0 else min(grace, LONGEST_GRACE),
-        )
+    def policy(self, slot: Armed) -> Policy:
+        """Return what a block chose about an overrun."""
+        return self.read_details(slot.index).policy
 
     def spent(self, slot: Armed, at: float) -> Spent:
         """Return how long a block has taken by `at` (CLOCK_MONOTONIC)."""

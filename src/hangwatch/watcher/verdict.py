@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hangwatch.evidence.model import Case, OtherWorker
+from hangwatch.policy import Policy
 from hangwatch.watcher.fair_clock import FairClock
 from hangwatch.watcher.helper import Helper
 from hangwatch.watcher.page_reader import Overdue
-from hangwatch.watcher.settings import Ladder, Settings, Wishes
+from hangwatch.watcher.settings import Settings
 from hangwatch.watcher.watched import Watched
 
 
@@ -55,8 +56,8 @@ class Verdict:
     """A block that overran: whose, which, when it was found (CLOCK_MONOTONIC), what is known.
 
     Attributes:
-        ladder: what is to be done.
-        wishes: what the block asked for.
+        policy: what it leads to.
+        chosen: what the block itself chose of that.
         told: whether it was reported before, as one under a debugger.
     """
 
@@ -65,6 +66,6 @@ class Verdict:
     at: float
     case: Case
     names: dict[int, str]
-    ladder: Ladder
-    wishes: Wishes
+    policy: Policy
+    chosen: Policy
     told: bool = False

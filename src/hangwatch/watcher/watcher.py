@@ -21,6 +21,7 @@ from hangwatch.evidence.report import overrun
 from hangwatch.failpoints import failpoint
 from hangwatch.handover import Kept
 from hangwatch.page.view import Armed
+from hangwatch.policy import NOTHING_CHOSEN
 from hangwatch.watcher.case import case_of, doing_of
 from hangwatch.watcher.descendants import Sentence, end_doomed
 from hangwatch.watcher.events import Events
@@ -34,7 +35,7 @@ from hangwatch.watcher.news import coming_or_going, of_incident
 from hangwatch.watcher.page_reader import Overdue
 from hangwatch.watcher.reception import Reception
 from hangwatch.watcher.reporter import RAISE
-from hangwatch.watcher.settings import Settings, Wishes
+from hangwatch.watcher.settings import Settings
 from hangwatch.watcher.takeover import HasLeft, state_of, take_over
 from hangwatch.watcher.verdict import Verdict
 from hangwatch.watcher.visit import visit
@@ -217,7 +218,7 @@ class Watcher:
         self._visit(worker)
 
     def _answer(self, worker: Watched) -> None:
-        reply = encode_reply(Reply(None, self.settings.on_expiry.value, self.settings.force))
+        reply = encode_reply(Reply(None, self.settings.policy))
         try:
             worker.connection.send(reply, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except OSError:
@@ -365,12 +366,12 @@ class Watcher:
         told = found in worker.judged
         worker.judged[found] = inf
         settle = self.clock.settling(found.deadline, case.scope.limit_s)
-        wishes = worker.reader.wishes(found) if isinstance(found, Armed) else Wishes()
+        chosen = worker.reader.policy(found) if isinstance(found, Armed) else NOTHING_CHOSEN
         verdict = Verdict(
             *(worker, found, at, case),
             names=worker.reader.thread_names(),
-            ladder=self.settings.ladder(wishes, worker.identity.pid),
-            wishes=wishes,
+            policy=self.settings.decide(chosen, worker.identity.pid),
+            chosen=chosen,
             told=told,
         )
         if not told:

@@ -12,6 +12,7 @@ from time import monotonic
 from hangwatch import linux
 from hangwatch.errors import HangwatchError, NotConfiguredError, VersionError
 from hangwatch.page import layout as page
+from hangwatch.policy import NOTHING_CHOSEN, OnExpiry, Policy, decide
 from hangwatch.worker import connection, debugger_notice, soft_ending, stack_channel
 from hangwatch.worker.blocks import PausingBlock
 from hangwatch.worker.connection import WatcherSocket
@@ -48,7 +49,7 @@ class WorkerClient:
         self._page_again = 0.0
         self._making = threading.RLock()
         self._socket: WatcherSocket | None = None
-        self._on_expiry, self._forced = "", False
+        self._server = NOTHING_CHOSEN
         self._try_at = 0.0
         self._pause = _TRY_AGAIN_AFTER
         self._warned: set[str] = set()
@@ -81,7 +82,8 @@ class WorkerClient:
         slot = self.claim(key, after, limit, scope)
         if scope.pauses and slot.limit < inf:
             return PausingBlock(slot, self.page.pauses)
-        if (scope.on_expiry or self._on_expiry) == "raise" and slot.limit < inf:
+        on_expiry = scope.policy.on_expiry or self._server.on_expiry
+        if on_expiry is OnExpiry.RAISE and slot.limit < inf:
             self._prepare_to_raise()
         return slot
 
@@ -112,10 +114,10 @@ class WorkerClient:
     def _overdue(self, now: float) -> list[Slot]:
         if self._page is None:
             return []
-        asked: set[str | None] = set() if self._forced else {"raise"}
-        if self._on_expiry == "raise":
-            asked |= set(page.ON_EXPIRY) if self._forced else {None}
-        return self._page.overdue_in_this_thread(now, asked)
+        return self._page.overdue_in_this_thread(now, self._raises)
+
+    def _raises(self, block: Policy) -> bool:
+        return decide(block, self._server).on_expiry is OnExpiry.RAISE
 
     def ring(self) -> bool:
         """Have the watcher look at this process's page, connecting first if need be.
@@ -190,8 +192,8 @@ class WorkerClient:
             linux.register_fence(),
             labels_from(os.environ),
         )
-        self._on_expiry, self._forced = watcher.on_expiry, watcher.forced
-        if watcher.on_expiry == "raise":
+        self._server = watcher.policy
+        if watcher.policy.on_expiry is OnExpiry.RAISE:
             self._prepare_to_raise()
         self._socket = watcher
         # Who armed while we were at it had nobody to ring.

@@ -107,12 +107,11 @@ class WatcherSocket:
     """The connection to the watcher, once we are welcome.
 
     Attributes:
-        on_expiry: what an overrun leads to if the block chose nothing.
-        forced: whether it does so whatever the block chose.
+        policy: the watcher's; see `Reply`.
     """
 
     def __init__(self, connection: socket.socket, reply: Reply) -> None:
-        self.on_expiry, self.forced = reply.on_expiry, reply.forced
+        self.policy = reply.policy
         self._socket = connection
         self._descriptor = OwnDescriptor(connection.fileno())
 

@@ -16,6 +16,7 @@ from types import CodeType
 
 from hangwatch.errors import UnsupportedError
 from hangwatch.page.layout import WATCH_UNTIL
+from hangwatch.policy import OnExpiry
 from hangwatch.worker.acquired import Holder, holder
 from hangwatch.worker.arguments import (
     NOTHING_ASKED,
@@ -310,7 +311,10 @@ class Expiration(Handle):
             if asked.is_more_than_a_client:
                 raise cannot(client, "pause, nor take on_expiry, grace or signal")
             return ContractBlock(client, scope.name, limit)
-        if asked.on_expiry == "raise" and threading.current_thread() is not threading.main_thread():
+        if (
+            scope.policy.on_expiry is OnExpiry.RAISE
+            and threading.current_thread() is not threading.main_thread()
+        ):
             raise UnsupportedError(
                 "on_expiry='raise' can only end a block of the main thread, where Python runs "
                 "signal handlers: leave it out in other threads"

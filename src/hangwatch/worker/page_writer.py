@@ -21,11 +21,12 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Container, Hashable
+from collections.abc import Callable, Hashable
 
 from hangwatch import linux
 from hangwatch.page import layout as page
 from hangwatch.page.view import View
+from hangwatch.policy import Policy
 from hangwatch.worker.own_descriptor import OwnDescriptor
 from hangwatch.worker.pauses import Pauses
 from hangwatch.worker.slots import TAKEN, VOID_SLOT, Scope, Slot, ThreadSlots
@@ -143,14 +144,15 @@ class PageWriter:
             thread.stack_of(0)
             thread.alone = None
 
-    def overdue_in_this_thread(self, now: float, on_expiry: Container[str | None]) -> list[Slot]:
+    def overdue_in_this_thread(self, now: float, raises: Callable[[Policy], bool]) -> list[Slot]:
         """Return this thread's overdue blocks that are in no asyncio task.
 
         Nothing is changed: this may run in a signal handler, in the middle of anything.
 
         Args:
             now: CLOCK_MONOTONIC in seconds.
-            on_expiry: only blocks that chose one of these, and got no exception yet.
+            raises: tells by a block's policy whether its overrun raises; only such blocks,
+                and only those that got no exception yet.
         """
         thread = self._per_thread.thread
         if thread is None:
@@ -160,7 +162,7 @@ class PageWriter:
             slot
             for armed in self.view.overdue(now)
             if (slot := slots.get(armed.index)) is not None
-            and slot.scope.on_expiry in on_expiry
+            and raises(slot.scope.policy)
             and slot.raised != (armed.entry, armed.deadline)
             and not self.view.is_in_task(armed)
         ]
@@ -202,9 +204,8 @@ class PageWriter:
                 native_id=thread.native_id,
                 thread_name=thread.name,
                 scope=scope.name,
-                flags=scope.flags,
-                signal=scope.signal,
-                grace=scope.grace,
+                policy=scope.policy,
+                pauses=scope.pauses,
             )
             page.write_details(self.memory, index, details, keep_end=scope.is_place)
             self._slots[index] = slot

@@ -12,6 +12,7 @@ from time import monotonic
 
 from hangwatch.errors import UnsupportedError
 from hangwatch.page import layout as page
+from hangwatch.policy import NOTHING_CHOSEN, OnExpiry, Policy
 from hangwatch.worker.tasks import Asyncio, current_task
 
 TYPE_CHECKING = False  # typing itself takes long to import
@@ -33,40 +34,26 @@ class Scope:
         name: as reports show it.
         is_place: whether it is a file and line, whose end tells more than its beginning.
         keeps: what its key speaks of by identity, to be kept alive.
-        flags: what an overrun leads to, and whether other timers are suspended; see `page`.
-        signal: what an overrun sends first, `page.NEVER_KILL`, or 0 for the watcher's choice.
-        grace: seconds that each step before SIGKILL has, `page.NO_GRACE`, or 0.0 for the
-            watcher's choice.
+        policy: what the caller chose about an overrun.
+        pauses: whether the block suspends the process's other timers.
     """
 
-    __slots__ = ("flags", "grace", "independent", "is_place", "keeps", "name", "signal")
+    __slots__ = ("independent", "is_place", "keeps", "name", "pauses", "policy")
 
     def __init__(
         self,
         name: str,
         is_place: bool = False,
         keeps: object = None,
-        flags: int = 0,
-        signal: int = 0,
-        grace: float = 0.0,
+        policy: Policy = NOTHING_CHOSEN,
+        pauses: bool = False,
     ) -> None:
         self.name = name
         self.is_place = is_place
         self.keeps = keeps
-        self.flags = flags
-        self.signal = signal
-        self.grace = grace
+        self.policy = policy
+        self.pauses = pauses
         self.independent = True
-
-    @property
-    def on_expiry(self) -> str | None:
-        """What an overrun leads to; None: what the watcher says."""
-        return page.ON_EXPIRY[self.flags & page.ON_EXPIRY_BITS]
-
-    @property
-    def pauses(self) -> bool:
-        """Whether the block suspends the process's other timers."""
-        return bool(self.flags & page.PAUSES)
 
 
 class Slot:
@@ -248,7 +235,7 @@ class Slot:
         """Note which open block of this thread, or asyncio task, is around this one."""
         thread = self.thread
         self.task = task = current_task()
-        if task and self.scope.on_expiry == "raise":
+        if task and self.scope.policy.on_expiry is OnExpiry.RAISE:
             raise UnsupportedError(
                 "on_expiry='raise' would interrupt whichever asyncio task runs at that moment: "
                 "use asyncio.timeout within the task, and expires without 'raise' around it"

@@ -21,6 +21,7 @@ from hangwatch.evidence import proc
 from hangwatch.evidence.model import Case, Evidence, Scope, ScopeThread, Worker
 from hangwatch.handover import Kept
 from hangwatch.page import layout
+from hangwatch.policy import OnExpiry
 from hangwatch.watcher import admission, events, news, takeover
 from hangwatch.watcher.watched import Watched
 
@@ -59,7 +60,8 @@ def check(data: bytes) -> None:
     with suppress(ProtocolError):
         reply = wire.decode_reply(message)
         assert reply.reason is None or isinstance(reply.reason, str)
-        assert reply.forced in (True, False)
+        assert reply.policy.on_expiry in (None, *OnExpiry)
+        assert reply.policy.force in (True, False)
     open_before = _open_files()
     _check_admission(data)
     _check_handover(data)

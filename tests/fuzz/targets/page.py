@@ -36,10 +36,10 @@ from hangwatch.evidence.model import Case, Evidence
 from hangwatch.evidence.report import overrun
 from hangwatch.page import layout
 from hangwatch.page.view import Armed
+from hangwatch.policy import DEFAULT, LONGEST_GRACE, OnExpiry, Policy, decide
 from hangwatch.process import Identity
 from hangwatch.watcher import case, news, takeover
-from hangwatch.watcher.page_reader import LONGEST_GRACE, PageReader, Standstill
-from hangwatch.watcher.settings import OnExpiry, Settings, Wishes
+from hangwatch.watcher.page_reader import PageReader, Standstill
 from hangwatch.watcher.verdict import Verdict
 from hangwatch.watcher.visit import visit
 from hangwatch.watcher.watched import Watched
@@ -157,8 +157,8 @@ def _check_worker(worker: Watched, change: Callable[[], bool]) -> None:
 
 def _check_verdict(worker: Watched, slot: Armed) -> None:
     reader = worker.reader
-    wishes = reader.wishes(slot)
-    _check_wishes(wishes)
+    chosen = reader.policy(slot)
+    _check_chosen(chosen)
     reader.details(slot)
     reader.lasts(slot)
     reader.is_in_task(slot)
@@ -176,8 +176,7 @@ def _check_verdict(worker: Watched, slot: Armed) -> None:
     assert len(scope["within"]) < 32
     assert len(scope["enclosing"]) < layout.CAPACITY
     assert 0 <= scope["entry"] <= 2**32
-    ladder = Settings().ladder(wishes, known.worker.pid)
-    verdict = Verdict(worker, slot, NOW, known, {}, ladder, wishes)
+    verdict = Verdict(worker, slot, NOW, known, {}, decide(chosen, DEFAULT), chosen)
     event = json.dumps(news.of_incident("expired", verdict, overrun(known)))
     assert len(event) <= 8192
     strict(event)
@@ -189,15 +188,19 @@ def _written(known: Case) -> dict[str, dict[str, Any]]:
     return written
 
 
-def _check_wishes(wishes: Wishes) -> None:
-    assert wishes.grace is None or 0 <= wishes.grace <= LONGEST_GRACE
-    for settings in (Settings(), Settings(grace=1.0), Settings(on_expiry=OnExpiry.RAISE)):
-        ladder = settings.ladder(wishes, 4242)
-        assert ladder.on_expiry is OnExpiry.REPORT or 0 < ladder.first <= SIGRTMAX
-        assert 0 <= ladder.grace <= LONGEST_GRACE
-        assert 0 < ladder.soft_grace <= LONGEST_GRACE
-    forced = Settings(on_expiry=OnExpiry.REPORT, force=True).ladder(wishes, 4242)
-    assert forced.on_expiry is OnExpiry.REPORT
+def _check_chosen(chosen: Policy) -> None:
+    assert chosen[3:] == (None,) * len(chosen[3:]), "the rest is the server's"
+    for server in (
+        DEFAULT,
+        DEFAULT._replace(grace=1.0),
+        DEFAULT._replace(on_expiry=OnExpiry.RAISE),
+    ):
+        policy = decide(chosen, server)
+        assert policy.on_expiry is OnExpiry.REPORT or 0 < policy.first_signal <= SIGRTMAX
+        assert 0 <= policy.signal_grace <= LONGEST_GRACE
+        assert 0 < policy.raise_grace <= LONGEST_GRACE
+    forced = DEFAULT._replace(on_expiry=OnExpiry.REPORT, force=True)
+    assert decide(chosen, forced).on_expiry is OnExpiry.REPORT
 
 
 def _steps(data: bytes) -> list[bytes]:
