@@ -220,7 +220,7 @@ WITHOUT_STREAMS = f"""
 import os, sys, threading
 import hangwatch
 for number in map(int, sys.argv[2]):
-    os.close(number)
+    os.closerange(number, number + 1)
 reported = threading.Event()
 def on_event(event):
     if event["event"] == "reported": reported.set()

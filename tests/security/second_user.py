@@ -56,7 +56,7 @@ import ctypes, faulthandler, inspect, json, linecache, logging, mmap, os, signal
 import subprocess, sys, threading, time, traceback
 sys.path[:0] = {path!r}
 import hangwatch, hangwatch.cli, hangwatch.cli.run
-from hangwatch import linux, options, wire
+from hangwatch import linux, wire
 from hangwatch.evidence import error_file
 from hangwatch.keep import launch, serve
 from hangwatch.process import Identity

@@ -183,8 +183,8 @@ def serve(
             ``on_expiry``: of blocks that don't say: ``"reap"`` kills the worker, ``"raise"``
             raises `TimerExpired` in the block first, ``"report"`` leaves the worker alone.
             ``force``: whether that overrides what blocks say.
-            ``grace``: seconds that a worker has after each step before SIGKILL; 0: SIGKILL at
-            once.
+            ``grace``: seconds that a worker has after each step before SIGKILL; 0: none. By
+            default SIGKILL comes at once, but 5 s after a ``signal`` or `TimerExpired`.
             ``signal``: number of the signal that is sent first; by default SIGTERM if there
             is a grace.
             ``tree``: whether a worker's descendants are killed with it.
