@@ -3,9 +3,10 @@
 A block chooses some of it, the server chooses the rest, and `decide` makes the one policy of an
 overrun. What a caller gives is checked here, for `expires` and for a server alike.
 
-A new option is a field of `Policy` and an entry of `OPTIONS`, from which the server's arguments,
-the command line and what a keeper is told are made; then the place that acts on it. If a block
-may choose it as well, `to_words` and `from_words` carry it, and `expires` has the argument.
+A new option touches this file and the one that acts on it: it is a field of `Policy`, an entry of
+`OPTIONS`, from which the server's arguments, the command line and what a keeper is told are made,
+and its type in `PolicyOptions`. If a block may choose it as well, `to_words` and `from_words`
+carry it, and `expires` and `watch` have the argument.
 
 Every worker imports this module: dataclasses and typing take too long to import.
 """
@@ -37,11 +38,11 @@ if TYPE_CHECKING:
 LAST_SIGNAL = 64
 """The kernel's, on every machine but MIPS; signal(7)."""
 NO_SIGNAL = -1
-"""In the place of a signal's number: the worker is never signalled, only reported."""
+"""Instead of a signal's number: the worker is reported, and never signalled."""
 USUAL_GRACE = 5.0
 """Seconds between a step other than SIGKILL and the next one, if nobody chose a grace."""
 LONGEST_GRACE = 86400.0
-"""A block that asks for more gets so many seconds: a watcher that is busy for ever ends nobody."""
+"""Seconds that a page may ask for at most: no worker puts off its end for ever."""
 
 
 class OnExpiry(StrEnum):
@@ -307,4 +308,4 @@ def checked(policy: Policy) -> Policy:
 
 
 DEFAULT = checked(Policy(**{name: option.default for name, option in OPTIONS.items()}))
-"""Of a server that was told nothing."""
+"""The policy of a server that was told nothing."""
