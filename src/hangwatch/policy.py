@@ -114,11 +114,17 @@ def decide(block: Policy, server: Policy, spared: bool = False) -> Policy:
     """
     pairs = zip(block, server, strict=True)
     policy = Policy(*(chosen if chosen is not None else default for chosen, default in pairs))
-    if server.force:
-        policy = policy._replace(on_expiry=server.on_expiry)
-    if spared or policy.signal == NO_SIGNAL:
-        policy = policy._replace(on_expiry=OnExpiry.REPORT)
-    return policy
+    return policy._replace(on_expiry=OnExpiry.REPORT if spared else happens(block, server))
+
+
+def happens(block: Policy, server: Policy) -> OnExpiry | None:
+    """Return what happens to a worker that is not spared; see `decide`.
+
+    A signal handler calls it: it calls nothing itself.
+    """
+    if block.signal == NO_SIGNAL:
+        return OnExpiry.REPORT
+    return server.on_expiry if server.force or block.on_expiry is None else block.on_expiry
 
 
 # -- in a page

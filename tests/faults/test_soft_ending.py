@@ -144,6 +144,7 @@ def reaches(step):
             time.sleep(1e-5)
             sys.settrace(trace)
             with hangwatch.expires(60, "inner"): pass
+            with hangwatch.expires(60, "chosen", on_expiry="report", grace=1, signal=10): pass
             with hangwatch.paused("pause", 60): pass
     except hangwatch.TimerExpired:
         pass
@@ -164,6 +165,51 @@ def test_raised_at_each_step_it_leaves_no_slot_armed(first: str) -> None:
     """At each line that runs while other blocks, and then its own, begin and end."""
     worker = subprocess.run(
         [sys.executable, "-c", first + STEPS],
+        env={**os.environ, "HANGWATCH_ADDRESS": "/nobody/listens/here"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert worker.returncode == 0, worker.stderr
+
+
+AGAIN = """
+import contextlib, sys, time, hangwatch
+from hangwatch.worker import soft_ending
+
+# Stands for a frame in which a block is being left.
+leaving = {"__name__": "hangwatch.leaving", "soft_ending": soft_ending, "sys": sys}
+exec("def leave(): soft_ending._raise(0, sys._getframe())", leaving)
+
+def reaches(step):
+    # Whether the handler has so many steps; at the last one, another signal comes.
+    steps = 0
+    def trace(frame, event, argument):
+        nonlocal steps
+        steps += 1
+        if steps == step:
+            sys.settrace(None)
+            soft_ending._raise(0, frame)
+        return trace
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hangwatch.expires(1e-6, "outer", on_expiry="raise"))
+        time.sleep(1e-5)
+        sys.settrace(trace)
+        leaving["leave"]()
+        sys.settrace(None)
+    return steps >= step
+
+step = 1
+while reaches(step):
+    step += 1
+assert step > 10, step
+"""
+
+
+def test_a_signal_at_each_step_of_the_handler_raises_nothing_either() -> None:
+    """What it interrupts is still the block's end, whatever code the handler calls."""
+    worker = subprocess.run(
+        [sys.executable, "-c", AGAIN],
         env={**os.environ, "HANGWATCH_ADDRESS": "/nobody/listens/here"},
         capture_output=True,
         text=True,

@@ -12,7 +12,7 @@ from time import monotonic
 from hangwatch import linux
 from hangwatch.errors import HangwatchError, NotConfiguredError, VersionError
 from hangwatch.page import layout as page
-from hangwatch.policy import NOTHING_CHOSEN, OnExpiry, Policy, decide
+from hangwatch.policy import NOTHING_CHOSEN, OnExpiry, Policy, happens
 from hangwatch.worker import connection, debugger_notice, soft_ending, stack_channel
 from hangwatch.worker.blocks import PausingBlock
 from hangwatch.worker.connection import WatcherSocket
@@ -117,7 +117,7 @@ class WorkerClient:
         return self._page.overdue_in_this_thread(now, self._raises)
 
     def _raises(self, block: Policy) -> bool:
-        return decide(block, self._server).on_expiry is OnExpiry.RAISE
+        return happens(block, self._server) is OnExpiry.RAISE
 
     def ring(self) -> bool:
         """Have the watcher look at this process's page, connecting first if need be.
