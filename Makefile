@@ -21,6 +21,7 @@ VENV := .venv
 CHECK := .venv-check
 INTEROP := .venv-interop
 FUZZ := .venv-fuzz
+BUILT_OF := pyproject.toml setup.py src/hangwatch/worker/_core.c
 
 .PHONY: help demo test test-all cases check model interop conformance-table zoo bench-arm \
 	bench-handover fuzz soak stress-kills clean
@@ -54,16 +55,16 @@ define environment
 	@touch $@
 endef
 
-$(VENV)/ready: pyproject.toml
+$(VENV)/ready: $(BUILT_OF)
 	$(call environment,$(VENV),--editable '.[test]')
 
-$(CHECK)/ready: pyproject.toml
+$(CHECK)/ready: $(BUILT_OF)
 	$(call environment,$(CHECK),--editable '.[test$(comma)check]')
 
-$(FUZZ)/ready: pyproject.toml
+$(FUZZ)/ready: $(BUILT_OF)
 	$(call environment,$(FUZZ),--editable '.[test$(comma)fuzz]')
 
-$(INTEROP)/ready: pyproject.toml
+$(INTEROP)/ready: $(BUILT_OF)
 	$(call environment,$(INTEROP),$(TORCH_INDEX) torch==2.13.0 numpy)
 	$(call environment,$(INTEROP),--editable '.[test]' scikit-learn)
 

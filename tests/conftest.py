@@ -117,4 +117,4 @@ def no_address(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     roads.Configured.client = None
     roads.Configured.by_environment = True
-    expiration.forget_slots()
+    expiration.forget_keys()

@@ -12,8 +12,7 @@ from hangwatch.errors import (
     VersionError,
     WatcherUnavailableError,
 )
-from hangwatch.worker.declared import paused, watch
-from hangwatch.worker.expiration import Expiration, configure, expires
+from hangwatch.worker.expiration import Expiration, configure, expires, paused, watch
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:

@@ -57,6 +57,7 @@ address, seed, numbers, file = sys.argv[1], int(sys.argv[2]), json.loads(sys.arg
 sys.path[:0] = json.loads(sys.argv[5])
 from hangwatch.page import layout
 from hangwatch.worker.connection import RING
+from support.pages import write_details
 from support.raw_worker import connect, hello, memfd
 rng = random.Random(seed)
 for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, 40):
@@ -80,12 +81,11 @@ for index in range(slots):
         thread_name="MainThread",
         scope="hostile",
     )
-    layout.write_details(memory, index, details, keep_end=True)
+    write_details(memory, index, details)
     signal_number = rng.choice([0, -1, 9, 10, 12, 15, 19, 40, 64, 65, -2**31])
     struct.pack_into("=Ii", memory, layout.slot_byte(index) + 48, flags, signal_number)
     grace = 0.2 if flags == 2 else rng.choice([0.0, -1.0, 0.1, float("nan")])
     struct.pack_into("=d", memory, layout.slot_byte(index) + 72, grace)
-    layout.write_enclosing(memory, index, rng.choice([None, None, index]), 1.0)
     words[layout.deadline_word(index) + layout.ENTRY] = 1.0
     words[layout.deadline_word(index)] = time.monotonic() - rng.random()
 os.pwrite(pages, memory, 0)

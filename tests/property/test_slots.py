@@ -1,13 +1,18 @@
-"""A block that is open is armed, in a slot of its own, under its own name."""
+"""A block is armed while it is open, in a slot of its own, under its own name."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
+import gc
+import os
+import pickle
 import resource
 import sys
 import threading
 from collections.abc import Generator, Iterator
+from math import inf
 
 import pytest
 from hypothesis import given
@@ -15,10 +20,10 @@ from hypothesis import strategies as st
 
 import hangwatch
 from hangwatch.page import layout
-from hangwatch.worker import expiration, page_writer
-from hangwatch.worker.slots import Slot
 from support.pages import QuietClient, quiet_page
 from support.sizes import Size, short_and_long
+
+pytestmark = pytest.mark.core
 
 
 @pytest.fixture
@@ -36,6 +41,22 @@ def threads_switch_often() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(interval)
+
+
+def skipped(client: QuietClient) -> set[str]:
+    """Return the scopes of the open blocks that were passed by."""
+    reader = client.reader()
+    found = {reader.read_details(s.index).scope for s in reader.armed() if reader.was_skipped(s)}
+    reader.close()
+    return found
+
+
+def waiting(scope: str) -> Generator[None, None, None]:
+    with hangwatch.expires(60, scope):
+        yield
+
+
+# -- one object is one block
 
 
 def test_blocks_of_all_kinds_are_independent(client: QuietClient) -> None:
@@ -60,99 +81,235 @@ def test_recursion_is_independent_and_not_quadratic(client: QuietClient) -> None
     assert client.page.words[layout.SLOTS_IN_USE] <= 310
 
 
-def test_one_object_may_be_entered_again_and_again(client: QuietClient) -> None:
-    limit = hangwatch.expires(60, "limit")
-    for _ in range(3):
-        with limit:
-            with limit, limit:
-                assert client.armed() == {"limit": 3}
-            assert client.armed() == {"limit": 1}
-        assert client.armed() == {}
-
-
-def test_one_object_may_be_entered_by_many_threads(client: QuietClient) -> None:
-    limit = hangwatch.expires(60, "limit")
-    inside, leave = threading.Barrier(5), threading.Barrier(5)
-
-    def run() -> None:
-        with limit:
-            inside.wait()
-            leave.wait()
-
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    inside.wait()
-    assert client.armed() == {"limit": 4}
-    leave.wait()
-    for thread in threads:
-        thread.join()
+def test_one_object_is_entered_once(client: QuietClient) -> None:
+    block = hangwatch.expires(60, "once")
+    with block:
+        with pytest.raises(hangwatch.HangwatchError, match=r"call expires\(\) again, or decorate"):
+            block.__enter__()
+        assert client.armed() == {"once": 1}
+    with pytest.raises(hangwatch.HangwatchError, match="was entered already"):
+        block.__enter__()
     assert client.armed() == {}
+
+
+def test_what_could_not_be_entered_may_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = hangwatch.expires(60, "later")
+    with pytest.raises(hangwatch.NotConfiguredError):
+        block.__enter__()
+    monkeypatch.setenv("HANGWATCH_ADDRESS", "off")
+    with block as timer:
+        assert timer.remaining() == inf
+
+
+def test_a_block_is_not_copied_nor_pickled(client: QuietClient) -> None:
+    with hangwatch.expires(60, "one") as block:
+        for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="cannot pickle"):
+                duplicate(block)
+        assert client.armed() == {"one": 1}
+
+
+def test_leaving_what_is_not_entered_or_left_does_nothing(client: QuietClient) -> None:
+    block = hangwatch.expires(60, "x")
+    block.__exit__(None, None, None)
+    with block:
+        assert client.armed() == {"x": 1}
+    block.__exit__(None, None, None)
+    with hangwatch.expires(60, "x"):
+        block.__exit__(None, None, None)
+        assert client.armed() == {"x": 1}, "the slot is another block's by now"
+    with pytest.raises(hangwatch.HangwatchError, match="is not open"):
+        block.renew()
 
 
 def test_exit_stack_and_calls_by_hand(client: QuietClient) -> None:
-    limit = hangwatch.expires(60, "by hand")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(limit)
-        stack.enter_context(limit)
+        stack.enter_context(hangwatch.expires(60, "by hand"))
+        stack.enter_context(hangwatch.expires(60, "by hand"))
         stack.enter_context(hangwatch.expires(60, "other"))
         assert client.armed() == {"by hand": 2, "other": 1}
     assert client.armed() == {}
-    limit.__enter__()
-    with limit:
-        assert client.armed() == {"by hand": 2}
+    block = hangwatch.expires(60, "by hand").__enter__()
     assert client.armed() == {"by hand": 1}
-    limit.__exit__(None, None, None)
+    block.__exit__(None, None, None)
     assert client.armed() == {}
-    with pytest.raises(hangwatch.HangwatchError, match="not entered"):
-        type(limit).__exit__(limit, None, None, None)
 
 
-def test_what_is_left_inside_of_an_ended_block_is_not_watched(client: QuietClient) -> None:
-    def abandoned() -> Generator[None, None, None]:
-        with hangwatch.expires(60, "abandoned"):
-            yield
-
-    for _ in range(200):
-        with hangwatch.expires(60, "outer"):
-            generator = abandoned()
-            next(generator)
-            hangwatch.expires(60, "never left").__enter__()
-            assert client.armed() == {"outer": 1, "abandoned": 1, "never left": 1}
+def test_a_block_may_be_left_in_another_thread(client: QuietClient) -> None:
+    stack = contextlib.ExitStack()
+    for _ in range(3):
+        stack.enter_context(hangwatch.expires(60, "handed over"))
+        thread = threading.Thread(target=stack.close)
+        thread.start()
+        thread.join()
         assert client.armed() == {}
-    assert client.page.words[layout.SLOTS_IN_USE] < 150, "what is left behind is used again"
+    assert client.page.words[layout.SLOTS_IN_USE] <= 2
 
 
-def test_a_slot_is_not_used_again_while_somebody_may_leave_its_block(client: QuietClient) -> None:
-    """Generators that wait inside of blocks, outer ones that have ended, threads that have."""
+def test_a_block_may_be_left_in_another_task(client: QuietClient) -> None:
+    stack = contextlib.AsyncExitStack()
 
-    def waiting(scope: str) -> Generator[None, None, None]:
-        with hangwatch.expires(60, scope):
-            yield
+    async def enter() -> None:
+        await stack.enter_async_context(hangwatch.expires(60, "resource"))
 
-    generators = []
+    async def leave() -> None:
+        assert client.armed() == {"resource": 1}
+        await stack.aclose()
+        assert client.armed() == {}
 
-    def begin() -> None:
-        for _ in range(70):
-            generators.append(waiting("waiting"))
-            next(generators[-1])
+    async def main() -> None:
+        await asyncio.create_task(enter())
+        await asyncio.create_task(leave())
 
-    with hangwatch.expires(60, "outer"):
-        begin()
-    thread = threading.Thread(target=begin)
-    thread.start()
-    thread.join()
-    assert client.armed() == {"waiting": 70}, "those of the thread have nothing around them"
-    with contextlib.ExitStack() as stack:
-        for number in range(150):
-            stack.enter_context(hangwatch.expires(60, f"open {number}"))
-        generators.clear()
-        assert sum(client.armed().values()) == 150
+    asyncio.run(main())
+
+
+def test_a_cancelled_task_leaves_its_block(client: QuietClient) -> None:
+    async def hang() -> None:
+        async with hangwatch.expires(60, "cancelled"):
+            await asyncio.sleep(1000)
+
+    async def main() -> None:
+        task = asyncio.create_task(hang())
+        await asyncio.sleep(0)
+        assert client.armed() == {"cancelled": 1}
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        assert client.armed() == {}
+
+    asyncio.run(main())
+
+
+def test_a_block_is_not_awaited_by_mistake(client: QuietClient) -> None:
+    async def main() -> None:
+        with pytest.raises(TypeError):
+            await hangwatch.expires(60, "x")  # type: ignore[misc]
+        async with hangwatch.expires(60, "x") as timer:
+            assert timer.remaining() > 59
+
+    asyncio.run(main())
+
+
+# -- its end without __exit__
+
+
+def test_the_object_s_end_is_the_block_s(client: QuietClient) -> None:
+    block = hangwatch.expires(60, "forgotten").__enter__()
+    again = block
+    assert client.armed() == {"forgotten": 1}
+    del block, again
     assert client.armed() == {}
+    for _ in range(300):
+        hangwatch.expires(60, "forgotten").__enter__()
+    assert client.armed() == {}
+
+
+def test_a_generator_that_waits_is_in_its_block_until_it_is_gone(client: QuietClient) -> None:
+    generator = waiting("waiting")
+    next(generator)
+    assert client.armed() == {"waiting": 1}, "its time runs"
+    with pytest.raises(StopIteration):
+        next(generator)
+    assert client.armed() == {}
+    generator = waiting("waiting")
+    next(generator)
+    del generator
+    gc.collect()
+    assert client.armed() == {}
+
+
+def test_a_block_that_an_exception_left_is_disarmed_while_its_traceback_lives(
+    client: QuietClient,
+) -> None:
+    def fail() -> None:
+        block = hangwatch.expires(60, "failed")
+        with block:
+            raise KeyError(block)
+
+    try:
+        fail()
+    except KeyError as error:
+        kept = error
+    assert client.armed() == {}
+    assert kept.__traceback__ is not None
+
+
+def test_a_handle_that_a_forked_child_inherits_touches_nobody(client: QuietClient) -> None:
+    with hangwatch.expires(60, "parent's") as timer:
+        before = bytes(client.page.memory[layout.HEADER_BYTES :][:2000])
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                timer.renew()
+                timer.renew(5)
+                timer.cancel()
+                timer.__exit__(None, None, None)
+                del timer
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert bytes(client.page.memory[layout.HEADER_BYTES :][:2000]) == before
+        assert client.armed() == {"parent's": 1}
+
+
+# -- what was skipped
+
+
+def test_what_is_open_still_when_an_earlier_block_is_left_was_skipped(client: QuietClient) -> None:
+    earlier = hangwatch.expires(60, "earlier").__enter__()
+    left_over = hangwatch.expires(60, "left over").__enter__()
+    with hangwatch.expires(60, "in order"):
+        assert skipped(client) == set()
+    earlier.__exit__(None, None, None)
+    assert skipped(client) == {"left over"}
+    left_over.renew()
+    assert skipped(client) == set(), "it is alive"
+    left_over.__exit__(None, None, None)
+    with hangwatch.expires(60, "left over"):
+        assert skipped(client) == set()
+
+
+def test_a_block_left_in_another_thread_skips_none(client: QuietClient) -> None:
+    earlier = hangwatch.expires(60, "earlier").__enter__()
+    with hangwatch.expires(60, "later"):
+        thread = threading.Thread(target=earlier.__exit__, args=(None, None, None))
+        thread.start()
+        thread.join()
+        assert client.armed() == {"later": 1}
+        assert skipped(client) == set()
+
+
+def test_tasks_that_take_turns_skip_none(client: QuietClient) -> None:
+    async def one(begun: asyncio.Event, go_on: asyncio.Event, scope: str) -> None:
+        with hangwatch.expires(60, scope):
+            begun.set()
+            await go_on.wait()
+
+    async def main() -> None:
+        events = [asyncio.Event() for _ in range(4)]
+        first = asyncio.create_task(one(events[0], events[1], "first"))
+        await events[0].wait()
+        second = asyncio.create_task(one(events[2], events[3], "second"))
+        await events[2].wait()
+        events[1].set()
+        await first
+        assert (client.armed(), skipped(client)) == ({"second": 1}, set())
+        events[3].set()
+        await second
+
+    asyncio.run(main())
+
+
+# -- slots
 
 
 def test_a_thread_that_ends_gives_its_slots_back(client: QuietClient) -> None:
     def run() -> None:
+        with hangwatch.expires(60, "a"), hangwatch.expires(60, "b"):
+            pass
         hangwatch.expires(60, "never left").__enter__()
 
     for _ in range(50):
@@ -160,7 +317,21 @@ def test_a_thread_that_ends_gives_its_slots_back(client: QuietClient) -> None:
         thread.start()
         thread.join()
     assert client.armed() == {}
-    assert client.page.words[layout.SLOTS_IN_USE] <= 8
+    assert client.page.words[layout.SLOTS_IN_USE] <= 60
+
+
+def test_a_block_that_outlives_its_thread_returns_its_slot(client: QuietClient) -> None:
+    for _ in range(100):
+        entered: list[hangwatch.Expiration] = []
+        thread = threading.Thread(
+            target=lambda: entered.append(hangwatch.expires(60, "kept").__enter__())  # noqa: B023
+        )
+        thread.start()
+        thread.join()
+        assert client.armed() == {"kept": 1}
+        entered.pop().__exit__(None, None, None)
+        assert client.armed() == {}
+    assert client.page.words[layout.SLOTS_IN_USE] <= 4
 
 
 @short_and_long
@@ -178,106 +349,66 @@ def test_a_million_scopes_take_few_slots_and_little_memory(client: QuietClient, 
     for index in range(int(client.page.words[layout.SLOTS_IN_USE])):
         client.page.words[layout.deadline_word(index) + layout.ENTRY] = (2.0**20 - 100) * 2.0**32
     run(2000, 2000 + size.of(10_000, 30_000, 100_000))
-    assert client.page.words[layout.SLOTS_IN_USE] <= 16
+    assert client.page.words[layout.SLOTS_IN_USE] <= 70
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8192
     with hangwatch.expires(60, "after all"):
         assert client.armed() == {"after all": 1}
 
 
-@short_and_long
 def test_at_the_cap_a_block_runs_unwatched_with_one_warning(
-    client: QuietClient, caplog: pytest.LogCaptureFixture, size: Size
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    capacity = size.of(300, layout.CAPACITY, layout.CAPACITY)
-    with contextlib.ExitStack() as stack:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(layout, "CAPACITY", capacity)
-            for number in range(capacity + 50):
+    with quiet_page(capacity=300) as client:
+        with contextlib.ExitStack() as stack:
+            for number in range(350):
                 stack.enter_context(hangwatch.expires(60, f"block {number % 50}"))
-        assert sum(client.armed().values()) == capacity
-    assert client.armed() == {}
-    assert len([record for record in caplog.records if "unwatched" in record.message]) == 1
+            assert sum(client.armed().values()) == 300
+        assert client.armed() == {}
+        assert len([record for record in caplog.records if "unwatched" in record.message]) == 1
+        with hangwatch.expires(60, "room again"):
+            assert client.armed() == {"room again": 1}
 
 
-def test_slots_change_hands_at_the_cap_and_none_is_lost(
-    client: QuietClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """More threads than slots, each with scopes of its own, few of them open at once."""
-    monkeypatch.setattr(layout, "CAPACITY", 12)
-    problems: list[str] = []
-    unwatched = 0
-    start = threading.Barrier(8)
+def test_slots_change_hands_at_the_cap_and_none_has_two_owners() -> None:
+    """More threads than slots, each with scopes of its own; some threads end meanwhile."""
+    with quiet_page(capacity=12) as client:
+        problems: list[str] = []
+        watched = 0
 
-    def run(number: int) -> None:
-        nonlocal unwatched
-        start.wait()
-        for turn in range(1500):
-            scope = f"{number}.{turn % 5}"
-            block = hangwatch.expires(60, scope)
-            exit_block = block.__exit__
-            slot = block._slot
-            if not isinstance(slot, Slot):
-                slot = expiration._local.road[1]
-            block.__enter__()
-            words = slot.words
-            for _ in range(3):
-                if slot.limit != 60:
-                    unwatched += 1
-                elif (
-                    words[slot.deadline_at] == 0.0
-                    or layout.read_details(client.page.memory, slot.index).scope != scope
-                ):
-                    problems.append(scope)
-            exit_block(None, None, None)
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(8)]
-    with threads_switch_often():
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert problems == []
-    assert client.page.words[layout.SLOTS_IN_USE] == 12
-    assert unwatched < 8 * 1500
-
-
-def test_a_place_never_has_two_owners_while_threads_end(
-    client: QuietClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Threads that end give their places back while others, at the cap, take them."""
-    monkeypatch.setattr(layout, "CAPACITY", 12)
-    problems: list[str] = []
-
-    def run(name: str) -> None:
-        for turn in range(20):
-            scope = f"{name}.{turn % 3}"
-            with hangwatch.expires(60, scope):
-                for slot in expiration._local.all_slots():
-                    if slot.key == scope and slot.words[slot.deadline_at]:
-                        details = layout.read_details(client.page.memory, slot.index)
-                        if details.scope != scope or not slot.words[slot.deadline_at]:
+        def run(name: str, turns: int) -> None:
+            nonlocal watched
+            for turn in range(turns):
+                scope = f"{name}.{turn % 5}"
+                with hangwatch.expires(60, scope) as block:
+                    for _ in range(3):
+                        place = block.place
+                        if place is None or block.remaining() == inf:
+                            continue
+                        watched += 1
+                        if client.page.view.read_details(place[1]).scope != scope:
                             problems.append(scope)
 
-    with threads_switch_often():
-        for round_ in range(100):
-            threads = [threading.Thread(target=run, args=(f"{round_}-{n}",)) for n in range(8)]
-            for thread in threads:
+        with threads_switch_often():
+            lasting = [threading.Thread(target=run, args=(str(n), 1000)) for n in range(6)]
+            for thread in lasting:
                 thread.start()
-            for thread in threads:
+            for round_ in range(50):
+                short = [threading.Thread(target=run, args=(f"{round_}-{n}", 20)) for n in range(3)]
+                for thread in short:
+                    thread.start()
+                for thread in short:
+                    thread.join()
+            for thread in lasting:
                 thread.join()
-    assert problems == []
+        assert problems == []
+        assert watched > 0
+        assert client.armed() == {}
+        assert client.page.words[layout.SLOTS_IN_USE] == 12
 
 
-def test_without_a_gil_every_slot_counts_as_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """See the model's `in-use-raced`: two threads that count could lose one of the slots."""
-    monkeypatch.setattr(page_writer, "_GIL", False)
-    with quiet_page() as client, hangwatch.expires(60, "one"):
-        assert client.armed() == {"one": 1}
-        assert client.page.words[layout.SLOTS_IN_USE] == layout.CAPACITY
-
-
-def test_tasks_on_one_line_are_independent(client: QuietClient) -> None:
-    seen = []
+def test_tasks_on_one_line_are_independent_and_in_their_own_blocks(client: QuietClient) -> None:
+    seen: list[int] = []
+    chains: list[list[str]] = []
 
     async def work(number: int) -> None:
         for _ in range(5):
@@ -285,28 +416,25 @@ def test_tasks_on_one_line_are_independent(client: QuietClient) -> None:
                 await asyncio.sleep(0.001 * (number % 7))
                 if number == 7:
                     seen.append(client.armed()["task"])
-                with hangwatch.expires(60, "inner"):
+                with hangwatch.expires(60, "inner") as timer:
                     await asyncio.sleep(0)
+                    if number == 7:
+                        reader = client.reader()
+                        assert timer.place is not None
+                        (slot,) = (s for s in reader.armed() if s.index == timer.place[1])
+                        chains.append([details.scope for details in reader.chain(slot)])
+                        reader.close()
 
     async def main() -> None:
         with hangwatch.expires(60, "before"):
             tasks = [asyncio.create_task(work(number)) for number in range(60)]
             await asyncio.sleep(0.0001)
-        for _ in range(20):
-            await asyncio.sleep(0.001)
-            reader = client.reader()
-            words = client.page.words
-            stored = sum(
-                words[layout.deadline_word(index)] > 0
-                for index in range(int(words[layout.SLOTS_IN_USE]))
-            )
-            assert len(reader.armed()) == stored, "a task's end orphaned another task's block"
-            reader.close()
         await asyncio.gather(*tasks)
 
     with hangwatch.expires(60, "sync"):
         asyncio.run(main())
     assert max(seen) > 1
+    assert chains == [["inner", "task"]] * 5, "of its own task, not of its neighbours"
     assert client.armed() == {}
 
 
@@ -314,8 +442,8 @@ def test_tasks_on_one_line_are_independent(client: QuietClient) -> None:
 def test_any_scope_can_be_written_and_read(scope: str) -> None:
     with quiet_page() as client, hangwatch.expires(60, scope):
         (name,) = client.armed()
-        cut = name.endswith("…") and len(scope.encode("utf-8", "backslashreplace")) > 160
-        whole = scope.encode("utf-8", "backslashreplace").split(b"\0")[0].decode()
+        whole = scope.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+        cut = name.endswith("…") and len(whole.encode()) > 160
         assert (cut and whole.startswith(name[:-1])) or name == whole
 
 
@@ -342,105 +470,3 @@ def test_threads_that_arm_first_at_the_same_time_share_one_page() -> None:
                 leave.wait()
                 for thread in threads:
                     thread.join()
-
-
-def test_one_object_entered_by_contending_threads(client: QuietClient) -> None:
-    limit = hangwatch.expires(60, "limit")
-    problems: list[object] = []
-
-    def run() -> None:
-        try:
-            for _ in range(3000):
-                with limit:
-                    thread = client.page._per_thread.thread
-                    assert thread is not None
-                    mine = [*thread.slots.values(), *thread.others]
-                    if not any(slot.words[slot.deadline_at] for slot in mine):
-                        problems.append("not armed")
-        except Exception as error:
-            problems.append(error)
-
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    with threads_switch_often():
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert problems == []
-    assert client.armed() == {}
-
-
-def test_a_look_at_exit_by_a_stranger_confuses_nothing(client: QuietClient) -> None:
-    for enter_twice in (False, True):
-        block = hangwatch.expires(60, "looked at")
-        assert hasattr(block, "__exit__")
-        block.__enter__()
-        assert client.armed() == {"looked at": 1}
-        if enter_twice:
-            with hangwatch.expires(60, "looked at"):
-                assert client.armed() == {"looked at": 2}
-        block.__exit__(None, None, None)
-        assert client.armed() == {}
-        block = hangwatch.expires(60, "looked at")
-        assert hasattr(block, "__exit__")
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(block)
-            assert client.armed() == {"looked at": 1}
-        assert client.armed() == {}
-
-
-def test_tasks_leave_their_own_blocks_by_hand(client: QuietClient) -> None:
-    with hangwatch.expires(60, "warm-up"):
-        pass
-    block = hangwatch.expires(60, "by hand")
-
-    async def work(first: asyncio.Event, second: asyncio.Event) -> None:
-        async def other() -> None:
-            block.__enter__()
-            first.set()
-            await second.wait()
-            block.__exit__(None, None, None)
-
-        task = asyncio.create_task(other())
-        await first.wait()
-        block.__enter__()
-        with hangwatch.expires(60, "warm-up"):
-            left = hangwatch.expires(60, "left")
-            left.__enter__()
-            assert client.armed() == {"by hand": 2, "warm-up": 1, "left": 1}
-        assert client.armed() == {"by hand": 2}, "what a task leaves behind goes with its block"
-        block.__exit__(None, None, None)
-        assert client.armed() == {"by hand": 1}
-        second.set()
-        await task
-        assert client.armed() == {}
-
-    async def main() -> None:
-        await work(asyncio.Event(), asyncio.Event())
-
-    asyncio.run(main())
-
-
-def test_many_threads_enter_one_object_by_a_stack(client: QuietClient) -> None:
-    """Each one's exit is its own, however their calls interleave."""
-    errors: list[BaseException] = []
-
-    def enter(limit: hangwatch.Expiration, together: threading.Barrier) -> None:
-        try:
-            together.wait()
-            for _ in range(20):
-                with contextlib.ExitStack() as stack:
-                    timer = stack.enter_context(limit)
-                    assert timer.remaining() > 500
-        except BaseException as error:
-            errors.append(error)
-
-    with threads_switch_often():
-        for _ in range(30):
-            limit, together = hangwatch.expires(1000, "shared"), threading.Barrier(4)
-            threads = [threading.Thread(target=enter, args=(limit, together)) for _ in range(4)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            assert (errors, client.armed()) == ([], {})

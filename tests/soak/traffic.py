@@ -17,7 +17,6 @@ from contextlib import contextmanager
 
 import hangwatch
 from hangwatch.worker.client import client_at
-from hangwatch.worker.handle import Handle
 from support.history import own_log
 
 LONG = 60.0
@@ -65,7 +64,7 @@ class Traffic:
         pauses: bool = False,
         on_expiry: str | None = None,
         grace: float | None = None,
-    ) -> Iterator[Handle]:
+    ) -> Iterator[hangwatch.Expiration]:
         """Enter a block, and log every step of it; note its number, and whether it is watched."""
         number = next(self._numbers)
         if pauses:

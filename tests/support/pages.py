@@ -37,23 +37,37 @@ class QuietClient(WorkerClient):
         return scopes
 
 
+def write_details(memory: memoryview, index: int, details: layout.SlotDetails) -> None:
+    """Write what a slot says besides its deadline and its entry."""
+    at = layout.slot_byte(index) + layout.LIMIT * 8
+    packed = layout.pack_details(details, keep_end=False)
+    memory[at : at + len(packed)] = packed
+
+
 @contextmanager
-def quiet_page(page_made: bool = True) -> Iterator[QuietClient]:
-    """Make the environment name a client whose page nobody watches, and yield it."""
+def quiet_page(page_made: bool = True, capacity: int = layout.CAPACITY) -> Iterator[QuietClient]:
+    """Make the environment name a client whose page nobody watches, and yield it.
+
+    Args:
+        page_made: whether there is a page already.
+        capacity: how many slots it has.
+    """
     address = f"/nowhere/{os.getpid()}/{time.monotonic_ns()}"
     client = QuietClient(address)
     if page_made:
-        client.page.words[layout.WATCH_UNTIL] = time.monotonic() + 1e6
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layout, "CAPACITY", capacity)
+            client.page.words[layout.WATCH_UNTIL] = time.monotonic() + 1e6
     before = os.environ.get(ADDRESS_VARIABLE)
     os.environ[ADDRESS_VARIABLE] = address
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(roads, "client_at", lambda wanted: client)
-    expiration.forget_slots()
+    expiration.forget_keys()
     try:
         yield client
     finally:
         monkeypatch.undo()
-        expiration.forget_slots()
+        expiration.forget_keys()
         if before is None:
             del os.environ[ADDRESS_VARIABLE]
         else:

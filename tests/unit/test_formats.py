@@ -38,6 +38,7 @@ from hangwatch.process import Identity, parse_stat, read_stat
 from hangwatch.watcher.identity import pidfd_by_number
 from hangwatch.worker.labels import labels_from
 from support.nursery import nursery
+from support.pages import write_details
 
 
 @given(st.text(), st.integers(4, 200), st.booleans())
@@ -72,13 +73,10 @@ def test_details_survive_the_page() -> None:
     written = layout.SlotDetails(
         1.5, 7, 8, "loader", "all_reduce", Policy(OnExpiry.REAP, 0.0, 15), pauses=True
     )
-    layout.write_details(memory, 5, written, keep_end=False)
+    write_details(memory, 5, written)
     read = layout.read_details(memory, 5)
     for name in layout.SlotDetails.__slots__:
         assert getattr(read, name) == getattr(written, name)
-    assert layout.read_enclosing(memory, 5) == (None, 0.0)
-    layout.write_enclosing(memory, 5, 2, 9.0)
-    assert layout.read_enclosing(memory, 5) == (2, 9.0)
 
 
 def test_an_entry_counts_within_its_generation() -> None:

@@ -11,6 +11,7 @@ from hangwatch.errors import PageError
 from hangwatch.page import layout
 from hangwatch.page.layout import HEADER_BYTES, SLOT_BYTES, SLOTS, Area
 from hangwatch.page.view import Armed, View
+from support.pages import write_details
 
 GROUPS = Area("groups", HEADER_BYTES, 64, 10)
 """An area of a later version."""
@@ -28,7 +29,7 @@ def arm(memory: memoryview, slots: Area, index: int, scope: str, deadline: float
     # As if the page began with its slots where this version has them.
     shifted = memory[slots.offset - HEADER_BYTES :]
     details = layout.SlotDetails(1.5, 7, 8, "MainThread", scope)
-    layout.write_details(shifted, index, details, keep_end=False)
+    write_details(shifted, index, details)
     words = shifted[: len(shifted) // 8 * 8].cast("d")
     words[layout.deadline_word(index) + layout.ENTRY] = 1.0
     words[layout.deadline_word(index)] = deadline
@@ -128,15 +129,31 @@ def test_a_pause_suspends_the_others_until_its_own_deadline() -> None:
     assert [slot.index for slot in view.overdue(7.0)] == [2]
 
 
-def test_a_block_in_one_that_has_ended_is_not_watched() -> None:
+def test_blocks_of_one_thread_and_task_are_in_each_other_by_their_time_of_entry() -> None:
     memory = page_of([SLOTS])
-    memory[24:32] = struct.pack("=d", 2.0)
-    arm(memory, SLOTS, 0, "outer", 5.0)
-    arm(memory, SLOTS, 1, "inner", 5.0)
-    layout.write_enclosing(memory, 1, 0, 1.0)
+    words = memory.cast("d")
+    words[3] = 6.0
+    for index, scope in enumerate(["middle", "outer", "inner", "other thread", "task", "ended"]):
+        arm(memory, SLOTS, index, scope, deadline=10.0 + index)
+    entered = {0: 3.0, 1: 1.0, 2: 5.0, 3: 0.5, 4: 0.5, 5: 2.0}
+    for index, when in entered.items():
+        at = layout.deadline_word(index)
+        words[at + layout.LIMIT] = words[at] - when
+    words[layout.deadline_word(3) + layout.IDENT] = 7.0
+    words[layout.deadline_word(4) + layout.TASK] = 7.0
+    words[layout.deadline_word(5)] = 0.0
     view = View(memory)
-    assert view.is_watched(1, 1.0)
-    memory.cast("d")[layout.deadline_word(0)] = 0.0
-    assert not view.is_watched(1, 1.0)
-    assert view.is_open(1, 1.0)
-    assert (view.armed(), list(view.open_slots())) == ([], [1])
+    middle, outer, inner = view.armed()[:3]
+    assert [details.scope for details in view.chain(inner)] == ["inner", "middle", "outer"]
+    assert [details.scope for details in view.within(outer)] == ["inner", "middle"]
+    assert [details.scope for details in view.chain(outer)] == ["outer"]
+    assert [details.scope for details in view.within(middle)] == ["inner"]
+
+
+def test_a_name_is_given_to_no_thread_whose_slots_were_given_back() -> None:
+    memory = page_of([SLOTS])
+    memory[24:32] = struct.pack("=d", 1.0)
+    write_details(memory, 0, layout.SlotDetails(1.0, 7, 8, "loader", "step"))
+    assert View(memory).thread_names() == {7: "loader"}
+    memory.cast("d")[layout.deadline_word(0) + layout.IDENT] = 0.0
+    assert View(memory).thread_names() == {}

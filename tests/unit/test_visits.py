@@ -26,7 +26,7 @@ from hangwatch.watcher.visit import visit
 from hangwatch.watcher.watched import Watched
 from hangwatch.watcher.watcher import Watcher
 from hangwatch.wire import Hello
-from support.pages import quiet_page
+from support.pages import quiet_page, write_details
 
 
 class Scene:
@@ -75,7 +75,7 @@ def test_what_was_armed_within_a_pause_is_not_due_if_only_the_pause_was_missed(
     scene: Scene,
 ) -> None:
     details = layout.SlotDetails(600.0, 1, 1, "thread", "pause", pauses=True)
-    layout.write_details(scene.words.cast("B"), 0, details, keep_end=False)
+    write_details(scene.words.cast("B"), 0, details)
     now = time.monotonic()
     scene.arm(1, deadline=now)
 
@@ -151,7 +151,7 @@ def test_what_was_judged_is_forgotten_though_something_is_due_at_each_visit(scen
 
 
 def test_reading_a_page_of_nonsense_takes_no_time_and_says_something() -> None:
-    """Whatever bytes a worker writes, also 4,096 blocks in each other, in a ring, or NaN."""
+    """Whatever bytes a worker writes, also 4,096 blocks in each other, pauses, or NaN."""
     rng = random.Random(11)
     with quiet_page() as client:
         reader, words, memory = client.reader(), client.page.words, client.page.memory
@@ -159,11 +159,14 @@ def test_reading_a_page_of_nonsense_takes_no_time_and_says_something() -> None:
 
         def read(kind: bytes) -> None:
             armed = reader.armed()
-            assert len(armed) == {b"chain": layout.CAPACITY, b"ring": 0}.get(kind, len(armed))
+            assert kind == b"noise" or len(armed) == layout.CAPACITY
             for slot in [*armed[:3], Armed(0, 7.0, 1.0), Armed(layout.CAPACITY - 1, 7.0, 1.0)]:
                 spent = reader.spent(slot, 5.0)
                 assert all(isfinite(t or 0.0) for t in (spent.limit, spent.inside))
                 assert len(reader.within(slot)) <= 32
+                assert len(reader.chain(slot)) <= 33
+                assert isinstance(reader.task(slot), float)
+                assert reader.was_skipped(slot) in (True, False)
                 chosen = reader.policy(slot)
                 assert chosen.grace is None or 0 <= chosen.grace <= 86400
                 assert chosen.signal is None or chosen.signal == -1 or 0 < chosen.signal <= 64
@@ -175,7 +178,7 @@ def test_reading_a_page_of_nonsense_takes_no_time_and_says_something() -> None:
             assert isinstance(reader.is_paused(), bool)
             assert 0 <= reader.raise_signal() <= 64
 
-        for kind in (b"chain", b"ring", b"ring of pauses", b"noise"):
+        for kind in (b"nested", b"pauses", b"noise"):
             for index in range(layout.CAPACITY):
                 at = deadline_word(index)
                 if kind == b"noise":
@@ -183,8 +186,6 @@ def test_reading_a_page_of_nonsense_takes_no_time_and_says_something() -> None:
                     memory[start : start + layout.SLOT_BYTES] = rng.randbytes(layout.SLOT_BYTES)
                     continue
                 words[at + DEADLINE], words[at + ENTRY], words[at + LIMIT] = 1.0, 7.0, 1.0
-                outer = index - 1 if index or kind == b"chain" else layout.CAPACITY - 1
-                memory[layout.slot_byte(index) + 48] = layout.PAUSES * (kind != b"ring")
-                layout.write_enclosing(memory, index, outer if outer >= 0 else None, 7.0)
+                memory[layout.slot_byte(index) + 48] = layout.PAUSES * (kind == b"pauses")
             in_time(read, kind)
         reader.close()

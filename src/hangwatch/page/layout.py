@@ -17,17 +17,18 @@ Layout (native byte order, one memfd):
             page's beginning, u64 size of a row, u64 number of rows
     the area "slots", rows of 320 bytes
         0   f64 deadline, 0.0 while not armed
-        8   3?  whether the block ended by an exception; written by `DISARM`, read by nobody
+        8   f64 nothing: who disarms in plain Python writes there, too
         16  f64 entry: generation * 2**32 + times entered; a new scope is a new generation
         24  f64 limit
         32  u64 threading.get_ident(), u64 threading.get_native_id()
         48  u32 flags, i32 signal (`policy.to_words`; of the flags, `PAUSES` is not the policy's)
-        56  u64 the enclosing slot's index + 1 (0: none), f64 its entry
+        56  f64 the task of an event loop that entered the block; 0.0: none
+        64  f64 entry that was skipped: a block that its thread entered earlier was left before
         72  f64 grace (`policy.to_words`)
         80  f64 entry of which the next two speak
         88  f64 when the block was entered, f64 limit of its present interval
         104 f64 entry that was ended by an exception of ours, the last one
-        112 f64 entry that is in an asyncio task, the last one
+        112 f64 nothing yet
         120 24s the thread's name     144 176s the scope      (UTF-8, padded with NUL)
 
 A block that was never renewed was entered at its deadline minus its limit.
@@ -79,11 +80,13 @@ SLOT_WORDS = SLOT_BYTES // 8
 DEADLINE = 0
 ENTRY = 2
 LIMIT = 3
+IDENT = 4
+TASK = 7
+SKIPPED_ENTRY = 8
 RENEWED_ENTRY = 10
 ENTERED = 11
 RENEWED_LIMIT = 12
 RAISED_ENTRY = 13
-TASK_ENTRY = 14
 
 _HEADER = struct.Struct("=8sQ")
 _AREAS_AT = 48
@@ -91,8 +94,6 @@ _AREA = struct.Struct("=8sQQQ")
 _MOST_AREAS = (HEADER_BYTES - _AREAS_AT - 8) // _AREA.size
 _DETAILS = struct.Struct("=dQQIi")
 _DETAILS_AT = LIMIT * 8
-_ENCLOSING = struct.Struct("=Qd")
-_ENCLOSING_AT = 56
 _GRACE = struct.Struct("=d")
 _GRACE_AT = 72
 _THREAD_AT, _THREAD_BYTES = 120, 24
@@ -110,10 +111,6 @@ _FLAGS_LOW_AT = 48 if sys.byteorder == "little" else 51
 # the entry would leave the integers that a double counts exactly (2**53).
 GENERATION = 2.0**32
 _GENERATIONS = 2.0**20
-
-DISARM = struct.Struct("=d???")
-"""What leaving a block writes, in one call of C code: the deadline 0.0, then whether it ended by
-an exception (docs/decisions/0001-leaving-is-one-c-call.md)."""
 
 
 class SlotDetails:
@@ -321,7 +318,11 @@ def times_entered(entry: float) -> int:
 
 
 def cut(text: str, room: int, *, keep_end: bool = False) -> bytes:
-    """Encode `text` as UTF-8 in at most `room` bytes; what is lost leaves a mark."""
+    """Encode `text` as UTF-8 in at most `room` bytes; what is lost leaves a mark.
+
+    A NUL, with which a reader would end, is written as an escape.
+    """
+    text = text.replace("\0", "\\0")
     if len(text) <= room:
         encoded = text.encode("utf-8", "backslashreplace")
         if len(encoded) <= room:
@@ -340,56 +341,36 @@ def pauses(memory: memoryview, index: int, offset: int = HEADER_BYTES) -> bool:
     return bool(memory[offset + index * SLOT_BYTES + _FLAGS_LOW_AT] & PAUSES)
 
 
-def write_details(memory: memoryview, index: int, details: SlotDetails, keep_end: bool) -> None:
-    """Write a slot's details, and that no block is around it.
+def pack_details(details: SlotDetails, keep_end: bool) -> bytes:
+    """Return a slot's bytes from `LIMIT` on: its details, and nothing of an earlier block's.
 
-    The slot must not be armed, and its generation must be new.
+    The slot must not be armed, and its generation must be new, when they are written.
 
     Args:
-        memory: the page as bytes.
-        index: the slot.
         details: what to write.
         keep_end: cut a long scope at its beginning (a path's end tells more).
     """
-    at = slot_byte(index)
+    row = bytearray(SLOT_BYTES)
     flags, signal, grace = to_words(details.policy)
     _DETAILS.pack_into(
-        memory,
-        at + _DETAILS_AT,
+        row,
+        _DETAILS_AT,
         details.limit,
         details.ident,
         details.native_id,
         flags | PAUSES * details.pauses,
         signal,
     )
-    _GRACE.pack_into(memory, at + _GRACE_AT, grace)
-    write_enclosing(memory, index, None, 0.0)
+    _GRACE.pack_into(row, _GRACE_AT, grace)
     name = cut(details.thread_name, _THREAD_BYTES).ljust(_THREAD_BYTES, b"\0")
     scope = cut(details.scope, _SCOPE_BYTES, keep_end=keep_end).ljust(_SCOPE_BYTES, b"\0")
-    memory[at + _THREAD_AT : at + _SCOPE_AT + _SCOPE_BYTES] = name + scope
+    row[_THREAD_AT : _SCOPE_AT + _SCOPE_BYTES] = name + scope
+    return bytes(row[_DETAILS_AT:])
 
 
-def write_enclosing(memory: memoryview, index: int, enclosing: int | None, entry: float) -> None:
-    """Say which block is around the one in slot `index`; before arming it."""
-    word = 0 if enclosing is None else enclosing + 1
-    _ENCLOSING.pack_into(memory, slot_byte(index) + _ENCLOSING_AT, word, entry)
-
-
-def read_enclosing(
-    memory: memoryview, index: int, offset: int = HEADER_BYTES
-) -> tuple[int | None, float]:
-    """Return the slot of the block around the one in slot `index`, and its entry.
-
-    Args:
-        memory: the page as bytes.
-        index: the slot.
-        offset: where the page's slots begin.
-
-    Returns:
-        An index, which may be of no slot of the page, or None, and an entry.
-    """
-    word, entry = _ENCLOSING.unpack_from(memory, offset + index * SLOT_BYTES + _ENCLOSING_AT)
-    return (word - 1 if word else None), entry
+def no_details() -> bytes:
+    """Return what a slot says that nobody reads."""
+    return bytes(SLOT_BYTES - _DETAILS_AT)
 
 
 def read_details(memory: memoryview, index: int, offset: int = HEADER_BYTES) -> SlotDetails:

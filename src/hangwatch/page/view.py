@@ -91,42 +91,16 @@ class View:
         words = self._words
         return [words[at + layout.ENTRY] for at in self._places()]
 
-    def open_slots(self) -> dict[int, Armed]:
-        """Return every slot that is armed, by its index, also in blocks that have ended."""
+    def armed(self) -> list[Armed]:
+        """Return every slot that is armed."""
         words = self._words
-        found = {}
+        found = []
         for index, at in enumerate(self._places()):
             # No calls between the two loads: in this process, another thread may arm it anew.
             deadline, entry = words[at + layout.DEADLINE], words[at + layout.ENTRY]
             if 0.0 < deadline < inf:  # nor does what is no number arm anything
-                found[index] = Armed(index, entry, deadline)
+                found.append(Armed(index, entry, deadline))
         return found
-
-    def armed(self) -> list[Armed]:
-        """Return every slot that is armed and whose enclosing blocks have not ended.
-
-        A block in one that has ended is passed over: whatever an exception, or a generator that
-        nobody finishes, left armed goes with the block around it. A pause ends by its own end or
-        its limit, though: while it lasts, others count on it.
-        """
-        found = self.open_slots()
-        # A chain is walked once, however many blocks stand in it, even if it bites its tail.
-        watched: dict[int, bool] = {}
-        for index in found:
-            path = []
-            at: int | None = index
-            well = True
-            while at is not None and at not in watched:
-                watched[at] = False  # what leads back to itself encloses nothing
-                path.append(at)
-                at, entry = self._ends_with(at)
-                if at is not None and (at not in found or found[at].entry != entry):
-                    well = False
-                    break
-            else:
-                well = at is None or watched[at]
-            watched.update(dict.fromkeys(path, well))
-        return [slot for index, slot in found.items() if watched[index]]
 
     def is_open(self, index: int, entry: float) -> bool:
         """Tell whether the block that armed a slot as `entry` has not ended."""
@@ -139,17 +113,6 @@ class View:
         at = self._word(slot.index)
         words = self._words
         return words[at] == slot.deadline and words[at + layout.ENTRY] == slot.entry
-
-    def is_watched(self, index: int, entry: float) -> bool:
-        """Tell whether that block, and every block around it, has not ended; see `armed`."""
-        at: int | None = index
-        for _ in range(self.slots):
-            if at is None:
-                return True
-            if not self.is_open(at, entry):
-                return False
-            at, entry = self._ends_with(at)
-        return at is None
 
     # -- pauses
 
@@ -164,12 +127,10 @@ class View:
     def is_paused(self) -> bool:
         """Tell whether a block suspends the others."""
         words = self._words
-        # Rarely is there any; whether one still counts is asked of all blocks at once.
-        if not any(
-            self.is_pause(index) and words[at] > 0.0 for index, at in enumerate(self._places())
-        ):
-            return False
-        return any(self.pauses(slot) for slot in self.armed())
+        return any(
+            0.0 < words[at] < layout.NEVER and self.is_pause(index)
+            for index, at in enumerate(self._places())
+        )
 
     # -- time
 
@@ -204,9 +165,13 @@ class View:
 
     # -- more of one block
 
-    def is_in_task(self, slot: Armed) -> bool:
-        """Tell whether a block is in an asyncio task."""
-        return self._words[self._word(slot.index) + layout.TASK_ENTRY] == slot.entry
+    def task(self, slot: Armed) -> float:
+        """Return the identity of the task of an event loop that entered a block; 0.0: none."""
+        return self._words[self._word(slot.index) + layout.TASK]
+
+    def was_skipped(self, slot: Armed) -> bool:
+        """Tell whether a block is open that the worker has passed by: see `core`."""
+        return self._words[self._word(slot.index) + layout.SKIPPED_ENTRY] == slot.entry
 
     def was_raised(self, slot: Armed) -> bool:
         """Tell whether `TimerExpired` was raised in a block."""
@@ -224,44 +189,41 @@ class View:
     def thread_names(self) -> dict[int, str]:
         """Return the names of the threads that have slots, by `threading.get_ident()`."""
         all_details = map(self.read_details, range(self.in_use()))
-        return {details.ident: details.thread_name for details in all_details}
+        # A slot that was given back has the name of a thread that may be gone.
+        return {one.ident: one.thread_name for one in all_details if one.ident}
 
     # -- blocks in blocks
 
-    def enclosing(self, index: int) -> tuple[int | None, float]:
-        """Return the slot of the block around the one in slot `index`, or None, and its entry."""
-        outer, entry = layout.read_enclosing(self._memory, index, self._offset)
-        return (outer if outer is not None and outer < self.slots else None), entry
-
     def chain(self, slot: Armed) -> list[layout.SlotDetails]:
         """Return the details of a block and of the open blocks around it, innermost first."""
-        found = []
-        seen = set()
-        index: int | None = slot.index
-        while index is not None and index not in seen:
-            seen.add(index)
-            found.append(self.read_details(index))
-            index, entry = self.enclosing(index)
-            if index is not None and not self.is_open(index, entry):
-                break
-        return found
+        entered = self.entered(slot)
+        around = [other for other in self._beside(slot) if self.entered(other) <= entered]
+        around.sort(key=self.entered, reverse=True)
+        return [self.read_details(one.index) for one in (slot, *around[:_MOST_WITHIN])]
 
     def within(self, slot: Armed) -> list[layout.SlotDetails]:
         """Return the details of the open blocks inside of a block, innermost first."""
-        inside_of: dict[int, list[int]] = {}
-        for inner in self.armed():
-            outer, _ = self.enclosing(inner.index)
-            if outer is not None:
-                inside_of.setdefault(outer, []).append(inner.index)
-        # Each slot leads to one other, so none is met twice, whatever stands in the page.
-        found = [slot.index]
-        for index in found:
-            found += inside_of.pop(index, [])[: _MOST_WITHIN - len(found)]
-        return [self.read_details(index) for index in reversed(found[1:])]
+        entered = self.entered(slot)
+        inside = [other for other in self._beside(slot) if self.entered(other) > entered]
+        inside.sort(key=self.entered, reverse=True)
+        return [self.read_details(one.index) for one in inside[-_MOST_WITHIN:]]
 
-    def _ends_with(self, index: int) -> tuple[int | None, float]:
-        """Return the block with which the one in slot `index` ends, see `armed`; a pause's none."""
-        return (None, 0.0) if self.is_pause(index) else self.enclosing(index)
+    def _beside(self, slot: Armed) -> list[Armed]:
+        """Return the other open blocks of a block's thread, and of its task if it is in one."""
+        who = self._holder(slot)
+        return [
+            other
+            for other in self.armed()
+            if other.index != slot.index and self._holder(other) == who
+        ]
+
+    def _holder(self, slot: Armed) -> bytes:
+        """Return what tells a thread and its task from others."""
+        words = self._words
+        at = self._word(slot.index)
+        return bytes(words[at + layout.IDENT : at + layout.IDENT + 2]) + bytes(
+            words[at + layout.TASK : at + layout.TASK + 1]
+        )
 
     # -- places
 

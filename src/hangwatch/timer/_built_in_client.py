@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hangwatch.timer.api import TimerClient
-from hangwatch.worker.expiration import forget_slots
+from hangwatch.worker.expiration import forget_keys
 
 
 class BuiltInClient(TimerClient):
@@ -12,8 +12,8 @@ class BuiltInClient(TimerClient):
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
         if not name.startswith("_") or name == "_send_request":
-            forget_slots()
+            forget_keys()
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
-        forget_slots()
+        forget_keys()

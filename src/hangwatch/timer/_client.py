@@ -11,24 +11,25 @@ import abc
 import os
 import time
 import weakref
-from collections.abc import Hashable
 from math import isfinite
 
 from hangwatch.policy import NOTHING_CHOSEN, OnExpiry, Policy, decide
 from hangwatch.timer._built_in_client import BuiltInClient
 from hangwatch.timer._overrides import is_overridden, remember
-from hangwatch.timer._replacing import ReplacingBlock
+from hangwatch.timer._replacing import Open, ReplacingBlock
 from hangwatch.timer._requested import Requested, RequestedBlock
 from hangwatch.worker.acquired import Acquired
+from hangwatch.worker.arguments import NOTHING_ASKED, Asked
 from hangwatch.worker.client import WorkerClient
-from hangwatch.worker.expiration import forget_slots
-from hangwatch.worker.slots import Scope, Slot
+from hangwatch.worker.expiration import forget_keys, timer
+from hangwatch.worker.warnings import warn
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
-    from hangwatch.worker.blocks import Block
+    from hangwatch.worker.blocks import Other
+    from hangwatch.worker.core import Expiration
 
-_OF_THIS_PROCESS = ("_requested", "_acquired", "_worker", "_warned")
+_OF_THIS_PROCESS = ("_requested", "_acquired", "_worker", "_warned", "_open")
 
 
 @remember("acquire", "release")
@@ -40,11 +41,13 @@ class DropInClient(BuiltInClient):
         self._acquired = Acquired()
         self._worker: WorkerClient | None = None
         self._warned = False
+        self._open: Open = {}
         _clients.add(self)
 
     def _forget_parent(self) -> None:
         """In a forked child: forget the parent's timers and requests, they are not ours."""
         self._requested.forget()
+        self._open = {}
 
     def __getstate__(self) -> dict[str, object]:
         return {name: at for name, at in vars(self).items() if name not in _OF_THIS_PROCESS}
@@ -89,12 +92,13 @@ class DropInClient(BuiltInClient):
         if worker is None:
             self._requested.replace(scope_id, expiration_time)
             return
-        after = max(expiration_time - time.time(), 1e-9)
-        policy = self._policy()
-        scope = Scope(scope_id, keeps=self, policy=policy)
-        slot = worker.claim(("acquired", id(self), scope_id, policy), after, after, scope)
+        block = timer(max(expiration_time - time.time(), 1e-9), scope_id)
         self._acquired.release(scope_id)
-        self._acquired.add(scope_id, slot)
+        self._acquired.add(
+            scope_id,
+            block,
+            lambda: worker.begin(block, scope_id, self._as_in_page(NOTHING_ASKED), quiet=False),
+        )
         if self._requested.holds(scope_id):  # from before there was a watcher
             self._requested.drop(scope_id)
 
@@ -108,36 +112,35 @@ class DropInClient(BuiltInClient):
     def _road(self) -> DropInClient | None:
         return None if is_overridden(self, "acquire", "release") else self
 
-    def choose(self, key: Hashable, after: object, limit: float, scope: Scope) -> Slot | Block:
-        """Claim what a block is armed in; see `PageWriter.choose`."""
+    def begin(self, block: Expiration, name: str, asked: Asked) -> Other | None:
+        """Arm a block's timer; see `worker.blocks.Road`."""
         worker = self._connected()
         # In a block that began with the queue or the FIFO, it replaces that block's timer.
-        if worker is None or self._requested.holds(scope.name):
-            self._say_what_is_lost(scope)
-            return RequestedBlock(self._requested, scope, limit)
-        scope.policy = decide(scope.policy, self._policy())
-        scope.independent = scope.pauses
-        slot = worker.choose((key, scope.policy), after, limit, scope)
-        if not isinstance(slot, Slot):
-            return slot
-        outer = slot.thread.innermost(scope.name)
-        return slot if outer is None else ReplacingBlock(outer, slot)
+        if worker is None or self._requested.holds(name):
+            self._say_what_is_lost(asked)
+            return RequestedBlock(self._requested, name, asked, block.after)
+        other = worker.begin(block, name, self._as_in_page(asked), quiet=False)
+        if other is not None or block.place is None:
+            return other
+        return ReplacingBlock(self._open, worker.page, block, name)
 
-    def _say_what_is_lost(self, scope: Scope) -> None:
+    def _as_in_page(self, asked: Asked) -> Asked:
+        """Return what a block asks for, and its client."""
+        return asked._replace(policy=decide(asked.policy, self._policy()))
+
+    def _say_what_is_lost(self, asked: Asked) -> None:
         """Warn once that the queue, or the FIFO, carries no policy of a block."""
-        if scope.policy not in (NOTHING_CHOSEN, Policy(OnExpiry.REAP)) and not self._warned:
+        if asked.policy not in (NOTHING_CHOSEN, Policy(OnExpiry.REAP)) and not self._warned:
             self._warned = True
-            import logging
-
-            logging.getLogger("hangwatch").warning(
-                "hangwatch: the timer server has no companion watcher, and knows neither on_expiry "
-                "nor grace nor signal: blocks that are only to be reported run unwatched, the "
-                "others are reaped its way"
+            warn(
+                "the timer server has no companion watcher, and knows neither on_expiry nor grace "
+                "nor signal: blocks that are only to be reported run unwatched, the others are "
+                "reaped its way"
             )
 
     def _lost(self) -> None:
         """Look for the watcher of a server that was started anew."""
-        forget_slots()
+        forget_keys()
         link = self._link()
         if self._worker is not None and link is not None:
             self._worker.move(link)

@@ -6,54 +6,65 @@ else blocks of one scope are independent of each other.
 
 from __future__ import annotations
 
-from hangwatch.page.layout import NEVER
-from hangwatch.worker.blocks import NoThread, SlotTimer
-from hangwatch.worker.slots import VOID_SLOT, Slot
+from time import monotonic
+
+from hangwatch.page import layout
+from hangwatch.worker.acquired import Holder, holder
+
+TYPE_CHECKING = False  # typing itself takes long to import
+if TYPE_CHECKING:
+    from hangwatch.worker.core import Expiration
+    from hangwatch.worker.own_page import OwnPage
+
+Open = dict[tuple[Holder, str], list["ReplacingBlock"]]
+"""By thread or task, and by scope: the open blocks, outermost first."""
 
 
 class ReplacingBlock:
-    """A block in another of the same scope and thread, whose timer it replaces while it lasts.
+    """A block that is armed, and replaces the timer of the one around it; see `blocks.Other`.
 
     Args:
-        outer: the slot of the block around it, armed.
-        inner: its own slot, claimed.
+        open_blocks: those of one client.
+        page: where the block's slot is.
+        block: the block, armed.
+        name: its scope.
     """
 
-    thread = NoThread
-
-    def __init__(self, outer: Slot, inner: Slot) -> None:
-        self._outer = outer
-        self._outer_entry = outer.words[outer.entry_at]
-        self._outer_limit: float | None = None
-        self._inner = inner
-        # Held, so that nobody takes the slot back before we end: see `Slot.is_held`.
-        self._disarm = inner.exit
-        self.timer = SlotTimer(inner, inner.entry)
-
-    def nest(self, block: object) -> Slot:
-        """Arm the inner slot instead of the outer one."""
-        outer, entry = self._outer, self._outer_entry
-        self._inner.block = None
-        try:
-            self._inner.nest(block).arm()
-            if outer.words[outer.deadline_at] < NEVER:  # else it was cancelled, and stays so
-                self._outer_limit = outer.interval(entry)
-                outer.suspend(entry)
-        except BaseException:
-            self.exit(None, None, None)
-            raise
-        return VOID_SLOT
+    def __init__(self, open_blocks: Open, page: OwnPage, block: Expiration, name: str) -> None:
+        assert block.place is not None
+        _, index, self._entry = block.place
+        self._page = page
+        self._at = layout.deadline_word(index)
+        self._interval: float | None = None
+        self._open = open_blocks
+        self._key = holder(), name
+        around = open_blocks.setdefault(self._key, [])
+        if around:
+            around[-1].suspend()
+        around.append(self)
 
     def exit(self, kind: object, error: object, traceback: object) -> None:
         """Give the outer block its own time anew."""
-        try:
-            self._end()
-        except BaseException:  # an interruption: neither may stay as it is
-            self._end()
-            raise
+        around = self._open.get(self._key, [])
+        if self in around:
+            was_innermost = around[-1] is self
+            around.remove(self)
+            if not around:
+                self._open.pop(self._key, None)
+            elif was_innermost:
+                around[-1].resume()
 
-    def _end(self) -> None:
-        self._disarm(None, None, None)
-        limit, self._outer_limit = self._outer_limit, None
-        if limit is not None:
-            self._outer.renew(self._outer_entry, limit)
+    def suspend(self) -> None:
+        """Let it go on without a deadline, unless it was cancelled, and stays so."""
+        page, at = self._page, self._at
+        if page.words[at] < layout.NEVER:
+            self._interval = page.interval(at, self._entry)
+            page.begin_interval(at, self._entry, layout.NEVER, self._interval)
+
+    def resume(self) -> None:
+        """Give it its own time anew, if it was suspended."""
+        interval, self._interval = self._interval, None
+        if interval is None:
+            return
+        if self._page.begin_interval(self._at, self._entry, monotonic() + interval, interval):
+            self._page.ring()

@@ -14,12 +14,12 @@ from math import inf, nan
 
 from hangwatch.policy import OnExpiry
 from hangwatch.worker.acquired import Holder, holder
-from hangwatch.worker.blocks import NoThread, no_end
-from hangwatch.worker.slots import VOID_SLOT, Scope, Slot
+from hangwatch.worker.blocks import no_end
+from hangwatch.worker.warnings import warn
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
-    from hangwatch.worker.blocks import Timer
+    from hangwatch.worker.arguments import Asked
 
 RELEASE = -1.0
 _UNKNOWN = nan
@@ -211,67 +211,50 @@ class Requested:
 
 
 class RequestedBlock:
-    """A block whose timer goes through the queue or the FIFO; see `worker.blocks.Block`."""
+    """A block whose timer goes through the queue or the FIFO; see `worker.blocks.Other`."""
 
-    thread = NoThread
-
-    def __init__(self, requested: Requested, scope: Scope, limit: float) -> None:
+    def __init__(self, requested: Requested, name: str, asked: Asked, limit: float) -> None:
         self._requested = requested
-        self._scope = scope
         # Apart from blocks of that name: it replaces none, and none replaces it.
-        self._name = f"{scope.name} (paused)" if scope.pauses else scope.name
-        self._limit = limit
-        self._timer: _Timer | None = None
-
-    @property
-    def timer(self) -> Timer:
-        """This block itself."""
-        return self
-
-    def nest(self, block: object) -> Slot:
-        """Ask for the timer; the slot that is armed then is nobody's."""
+        self._name = f"{name} (paused)" if asked.pauses else name
+        self._pauses = asked.pauses
+        # Such a server can only kill.
+        self._limit = inf if asked.policy.on_expiry is OnExpiry.REPORT else limit
+        self._timer: _Timer | None = _Timer(time.time() + self._limit, asked.pauses)
         try:
-            # Such a server can only kill.
-            limit = inf if self._scope.policy.on_expiry is OnExpiry.REPORT else self._limit
-            self._timer = timer = _Timer(time.time() + limit, self._scope.pauses)
-            self._requested.begin(self._name, timer)
+            requested.begin(self._name, self._timer)
         except BaseException:
             with suppress(Exception):
                 self._end()
             raise
-        return VOID_SLOT
 
     def exit(self, kind: object, error: object, traceback: object) -> None:
         """Give it back. A server that is gone by now has nothing to be given back."""
         try:
             self._end()
         except Exception as problem:
-            import logging
-
-            logging.getLogger("hangwatch").warning(
-                "hangwatch: the end of block %r could not be told: %s", self._scope.name, problem
-            )
+            warn(f"the end of block {self._name!r} could not be told: {problem}")
         except BaseException:
             # An interruption: the server would end a healthy worker for it.
             with suppress(Exception):
                 self._end()
             raise
 
-    def renew(self, limit: float | None) -> bool:
+    def renew(self, limit: float | None) -> None:
         """Ask for another interval."""
-        if self._scope.policy.on_expiry is OnExpiry.REPORT:
-            limit = inf
-        return self._timer is not None and self._requested.renew(self._name, self._timer, limit)
+        if self._timer is not None:
+            limit = inf if self._limit == inf else limit
+            self._requested.renew(self._name, self._timer, limit)
 
-    def cancel(self) -> bool:
+    def cancel(self) -> None:
         """Give the timer back; the block goes on."""
-        if self._scope.pauses:
+        if self._pauses:
             raise no_end()
-        return self.renew(inf)
+        self.renew(inf)
 
-    def remaining(self) -> float | None:
+    def remaining(self) -> float:
         """Return the seconds that are left."""
-        return None if self._timer is None else self._requested.remaining(self._timer)
+        return inf if self._timer is None else self._requested.remaining(self._timer)
 
     def _end(self) -> None:
         timer = self._timer

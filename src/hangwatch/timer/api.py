@@ -12,8 +12,7 @@ import threading
 import time
 from collections.abc import Iterable
 
-from hangwatch.worker.declared import paused, watch
-from hangwatch.worker.expiration import Expiration, configure, expires
+from hangwatch.worker.expiration import Expiration, configure, expires, paused, watch
 
 __all__ = [
     "Expiration",

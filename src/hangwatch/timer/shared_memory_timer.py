@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from hangwatch.timer._built_in_client import BuiltInClient
 from hangwatch.timer._overrides import is_overridden, remember
 from hangwatch.worker.acquired import Acquired
+from hangwatch.worker.arguments import NOTHING_ASKED
 from hangwatch.worker.client import (
     ADDRESS_VARIABLE,
     OFF,
     WorkerClient,
     address_from_environment,
 )
-from hangwatch.worker.expiration import forget_slots
-from hangwatch.worker.slots import Scope
+from hangwatch.worker.expiration import forget_keys, timer
 
 __all__ = ["SharedMemoryTimerClient", "SharedMemoryTimerServer", "serve"]
 
@@ -66,10 +66,11 @@ class SharedMemoryTimerClient(BuiltInClient):
 
     def acquire(self, scope_id: str, expiration_time: float) -> None:
         """Arm a timer that expires at `expiration_time`, in seconds since the epoch."""
-        after = max(expiration_time - time.time(), 1e-9)
-        key = "acquired", id(self), scope_id
+        block = timer(max(expiration_time - time.time(), 1e-9), scope_id)
         self._acquired.add(
-            scope_id, self._worker.claim(key, after, after, Scope(scope_id, keeps=self))
+            scope_id,
+            block,
+            lambda: self._worker.begin(block, scope_id, NOTHING_ASKED, quiet=False),
         )
 
     def release(self, scope_id: str) -> None:
@@ -208,7 +209,7 @@ def serve(
     try:
         assert server.address is not None
         os.environ[ADDRESS_VARIABLE] = server.address
-        forget_slots()
+        forget_keys()
         yield server
     finally:
         if os.getpid() == server._started_by:
@@ -216,5 +217,5 @@ def serve(
                 os.environ.pop(ADDRESS_VARIABLE, None)
             else:
                 os.environ[ADDRESS_VARIABLE] = before
-            forget_slots()
+            forget_keys()
         server.stop()

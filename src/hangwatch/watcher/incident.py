@@ -41,6 +41,8 @@ _DEBUGGED_LOOK_AGAIN = 2.0
 # And one of whom an error of ours has kept us.
 _FAILED_LOOK_AGAIN = 1.0
 
+_SKIPPED = "its thread has left a block around it: it was skipped, not hung"
+
 _log = logging.getLogger("hangwatch.watcher")
 
 Course = Generator[float, None, None]
@@ -227,8 +229,13 @@ class Incident:
 
     def _act(self) -> Generator[float, None, Outcome]:
         policy = self.verdict.policy
-        if policy.on_expiry is OnExpiry.REPORT:
-            return self._nothing_to_do() or Outcome.REPORTED
+        found = self.verdict.found
+        was_skipped = isinstance(found, Armed) and self.verdict.worker.reader.was_skipped(found)
+        if was_skipped or policy.on_expiry is OnExpiry.REPORT:
+            outcome = self._nothing_to_do()
+            if outcome is None and was_skipped:
+                self._note("look", _SKIPPED)
+            return outcome or Outcome.REPORTED
         # Before anything is done, so that a report survives us.
         self._start_reporter()
         yield from self._inherit()

@@ -99,14 +99,14 @@ class PageReader(View):
     def change_of(self, found: Overdue) -> str | None:
         """Say what makes a verdict void; None if it still holds.
 
-        That is: the block is open under the deadline that was seen, and so is every block
-        around it; or there was no block, and still is none.
+        That is: the block is open under the deadline that was seen; or there was no block, and
+        still is none.
         """
         if isinstance(found, Standstill):
             if tuple(self.entries()) != found.entries or self.armed():
                 return "it has entered a block"
             return None
-        if not self.is_watched(found.index, found.entry):
+        if not self.is_open(found.index, found.entry):
             return ENDED
         if not self.is_unchanged(found):
             return "the block has got more time"

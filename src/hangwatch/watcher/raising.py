@@ -60,7 +60,9 @@ class SoftEnding:
         """Ask, if need be again and again, and wait `within` seconds for the block's end."""
         problem = self._why_not()
         if problem is not None:
+            # It has the same time, only nobody to tell it.
             self._say(problem)
+            yield from self._clock.wait(within, lambda: not self._overdue(), 0.02)
             return
         pause = _FIRST_PAUSE
         yield from self._send()
@@ -82,8 +84,8 @@ class SoftEnding:
             return "not possible: it is in no block"
         if self._thread.native_id != self._identity.pid:
             return "not possible: Python raises in the main thread alone"
-        if self._reader.is_in_task(self._found):
-            return "not possible: it would hit whichever asyncio task runs at that moment"
+        if self._reader.task(self._found) != 0.0:
+            return "not possible: it would hit whichever task of the event loop runs at that moment"
         if self._reader.raise_signal() == 0:
             return "not possible: the worker has no signal for it"
         return None

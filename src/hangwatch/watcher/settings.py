@@ -46,9 +46,15 @@ class Settings:
         """Return the users besides our own whose processes are watched."""
         return sorted(self.allowed_uids - {os.geteuid()})
 
-    def decide(self, block: Policy, pid: int) -> Policy:
-        """Decide what the overrun of a block of process `pid` leads to."""
-        return decide(block, self.policy, spared=pid == self.spared_pid)
+    def decide(self, block: Policy, pid: int, skipped: bool = False) -> Policy:
+        """Decide what the overrun of a block of process `pid` leads to.
+
+        Args:
+            block: what the block chose.
+            pid: the process.
+            skipped: whether its thread has left a block that it had entered earlier.
+        """
+        return decide(block, self.policy, spared=skipped or pid == self.spared_pid)
 
     def options(self) -> dict[str, object]:
         """Return what `checked_settings` makes these settings of."""

@@ -366,11 +366,12 @@ class Watcher:
         told = found in worker.judged
         worker.judged[found] = inf
         settle = self.clock.settling(found.deadline, case.scope.limit_s)
+        skipped = isinstance(found, Armed) and worker.reader.was_skipped(found)
         chosen = worker.reader.policy(found) if isinstance(found, Armed) else NOTHING_CHOSEN
         verdict = Verdict(
             *(worker, found, at, case),
             names=worker.reader.thread_names(),
-            policy=self.settings.decide(chosen, worker.identity.pid),
+            policy=self.settings.decide(chosen, worker.identity.pid, skipped),
             chosen=chosen,
             told=told,
         )

@@ -1,4 +1,4 @@
-"""Timers that were acquired by a call, and not by a block."""
+"""Timers that were acquired by a call, for which there is no block."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import os
 import threading
 from collections.abc import Callable
 
-from hangwatch.worker.slots import Slot
 from hangwatch.worker.tasks import current_task
 
-Holder = tuple[int, int]
-"""A thread and, within it, an asyncio task."""
+TYPE_CHECKING = False  # typing itself takes long to import
+if TYPE_CHECKING:
+    from hangwatch.worker.core import Expiration
+
+Holder = tuple[int, float]
+"""A thread and, within it, a task of an event loop."""
 
 
 def holder() -> Holder:
@@ -26,19 +29,18 @@ class Acquired:
     """
 
     def __init__(self) -> None:
-        # Of a slot only what disarms it: held by us, it survives the end of its thread.
-        self._exits: dict[str, list[tuple[Holder, Callable[..., None]]]] = {}
+        self._open: dict[str, list[tuple[Holder, Expiration]]] = {}
         self._pid = os.getpid()
 
-    def add(self, scope_id: str, slot: Slot) -> None:
-        """Arm a slot that was claimed for `scope_id`."""
+    def add(self, scope_id: str, block: Expiration, begin: Callable[[], object]) -> None:
+        """Note a block for `scope_id`, and begin it."""
         self._forget_parent()
-        held = holder(), slot.exit
-        self._exits.setdefault(scope_id, []).append(held)
+        held = holder(), block
+        self._open.setdefault(scope_id, []).append(held)
         try:
-            slot.arm()
+            begin()
         except BaseException:
-            self._exits[scope_id].remove(held)
+            self._open[scope_id].remove(held)
             raise
 
     def release(self, scope_id: str, anyones: bool = False) -> bool:
@@ -52,20 +54,20 @@ class Acquired:
             Whether there was one.
         """
         self._forget_parent()
-        exits = self._exits.get(scope_id, [])
-        mine = [held for held in exits if held[0] == holder()]
-        for held in reversed(mine or (exits if anyones else [])):
+        open_ones = self._open.get(scope_id, [])
+        mine = [held for held in open_ones if held[0] == holder()]
+        for held in reversed(mine or (open_ones if anyones else [])):
             try:
-                exits.remove(held)
+                open_ones.remove(held)
             except ValueError:  # another thread has released it meanwhile
                 continue
-            held[1](None, None, None)
-            if not exits:
-                self._exits.pop(scope_id, None)
+            held[1].__exit__(None, None, None)
+            if not open_ones:
+                self._open.pop(scope_id, None)
             return True
         return False
 
     def _forget_parent(self) -> None:
         if self._pid != os.getpid():
             # A forked child: what its parent acquired is nothing of its own.
-            self._exits, self._pid = {}, os.getpid()
+            self._open, self._pid = {}, os.getpid()

@@ -1,45 +1,77 @@
-"""What a caller gives `expires`, checked; only when a block is entered off the quiet path."""
+"""What a caller gives `expires`, checked."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections import namedtuple
 from types import CodeType
 
 from hangwatch import policy
-from hangwatch.worker.slots import Scope
+from hangwatch.policy import NOTHING_CHOSEN, OnExpiry, Policy
+
+TYPE_CHECKING = False  # typing itself takes long to import
+if TYPE_CHECKING:
+    from hangwatch.worker.core import Expiration
 
 
-class Asked:
-    """What a caller gave besides the limit and the name, unchecked; None: nothing.
+class Asked(
+    namedtuple("Asked", ("policy", "client", "pauses", "raises"), defaults=(None, False, None))
+):
+    """What a caller chose besides the limit and the name.
 
     Attributes:
-        key: tells one of these from another.
+        policy: what an overrun leads to.
+        client: who acquires the timer; None: whoever is configured.
+        pauses: whether the block suspends the process's other timers.
+        raises: the exception in the place of `TimerExpired`.
     """
 
-    __slots__ = ("client", "grace", "key", "on_expiry", "pauses", "signal")
+    __slots__ = ()
 
-    def __init__(
-        self,
-        client: object = None,
-        on_expiry: object = None,
-        grace: object = None,
-        signal: object = None,
-        pauses: bool = False,
-    ) -> None:
-        self.client = client
-        self.on_expiry = on_expiry
-        self.grace = grace
-        self.signal = signal
-        self.pauses = pauses
-        self.key: tuple[Hashable, ...] = id(client), on_expiry, grace, signal, pauses
+    policy: Policy
+    client: object
+    pauses: bool
+    raises: type[BaseException] | None
 
     @property
     def is_more_than_a_client(self) -> bool:
         """Whether anything is chosen that a client who acquires and releases can't do."""
-        return self.key[1:] != NOTHING_ASKED.key[1:]
+        return self._replace(client=None) != NOTHING_ASKED
 
 
-NOTHING_ASKED = Asked()
+NOTHING_ASKED = Asked(NOTHING_CHOSEN)
+
+
+def checked_asked(
+    client: object, on_expiry: object, grace: object, signal: object, raises: object
+) -> Asked | None:
+    """Return what a caller chose; None: nothing.
+
+    Raises:
+        ValueError, TypeError: one of these is none of what it may be: the caller's fault.
+    """
+    if client is not None:
+        check_client(client)
+    chosen = policy.checked(Policy(on_expiry, grace, signal))
+    if raises is not None:
+        if not (isinstance(raises, type) and issubclass(raises, BaseException)):
+            raise TypeError(f"raises must be an exception class, not {raises!r:.40}")
+        if chosen.on_expiry not in (None, OnExpiry.RAISE):
+            raise ValueError("raises goes with on_expiry='raise' alone: leave one of them out")
+        chosen = chosen._replace(on_expiry=OnExpiry.RAISE)
+    if client is None and raises is None and chosen == NOTHING_CHOSEN:
+        return None
+    return Asked(interned(chosen), client, False, raises)
+
+
+def interned(chosen: Policy) -> Policy:
+    """Return the one object of a policy: a block is looked up by the identity of what is asked."""
+    if len(_policies) >= _MOST_POLICIES:
+        _policies.clear()
+    return _policies.setdefault(chosen, chosen)
+
+
+_MOST_POLICIES = 256
+_policies: dict[Policy, Policy] = {}
 
 
 def checked_limit(after: object) -> float:
@@ -51,26 +83,7 @@ def checked_limit(after: object) -> float:
     return policy.checked_limit("after", after, "leave the block out if it may take for ever")
 
 
-def scope_of(name: Hashable, code: CodeType | None, asked: Asked) -> Scope:
-    """Return a block's scope.
-
-    Args:
-        name: its name; or, where the caller gave none, the address of its instruction.
-        code: the caller's, in that case.
-        asked: what else the caller gave.
-
-    Raises:
-        ValueError, TypeError: one of these is none: the caller's fault.
-    """
-    chosen = policy.checked(policy.Policy(asked.on_expiry, asked.grace, asked.signal))
-    if asked.pauses and (not isinstance(name, str) or not name):
-        raise ValueError(f"reason must be a string that says why, not {name!r:.40}")
-    if code is None:
-        return Scope(checked_scope(name), False, asked.client, chosen, asked.pauses)
-    return Scope(place(code, name), True, (code, asked.client), chosen, asked.pauses)
-
-
-def checked_scope(scope: Hashable) -> str:
+def checked_scope(scope: object) -> str:
     """Return a block's name as the caller gave it.
 
     Raises:
@@ -80,21 +93,7 @@ def checked_scope(scope: Hashable) -> str:
         raise TypeError(f"scope must be a string or None, not {type(scope).__name__}")
     if not scope:
         raise ValueError("scope must not be empty: leave it out for <file>#<line>")
-    return scope
-
-
-def place(code: CodeType, address: object) -> str:
-    """Return ``<file>#<line>`` of the instruction at `address`, which is in `code`."""
-    assert isinstance(address, int)
-    return f"{code.co_filename}#{_line(code, address - id(code))}"
-
-
-def _line(code: CodeType, instruction: int) -> int:
-    line = code.co_firstlineno
-    for start, end, number in code.co_lines():
-        if start <= instruction < end and number is not None:
-            line = number
-    return line
+    return str(scope)
 
 
 def check_client(client: object) -> None:
@@ -104,3 +103,17 @@ def check_client(client: object) -> None:
             raise TypeError(
                 f"a timer client needs acquire and release, {type(client).__name__} has no {method}"
             )
+
+
+def name_of(block: Expiration) -> str:
+    """Return a block's name, or where `expires` was called: ``<file>#<line>``."""
+    scope = block.scope
+    return scope if isinstance(scope, str) else f"{scope.co_filename}#{_line(scope, block.lasti)}"
+
+
+def _line(code: CodeType, instruction: int) -> int:
+    line = code.co_firstlineno
+    for start, end, number in code.co_lines():
+        if start <= instruction < end and number is not None:
+            line = number
+    return line

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from math import inf
 from time import monotonic
 
 from hangwatch import linux
 from hangwatch.errors import HangwatchError, NotConfiguredError, VersionError
-from hangwatch.page import layout as page
-from hangwatch.policy import NOTHING_CHOSEN, OnExpiry, Policy, happens
+from hangwatch.page import layout
+from hangwatch.policy import NOTHING_CHOSEN, OnExpiry, happens
 from hangwatch.worker import connection, debugger_notice, soft_ending, stack_channel
-from hangwatch.worker.blocks import PausingBlock
+from hangwatch.worker.blocks import UNWATCHED
+from hangwatch.worker.chosen_core import core
 from hangwatch.worker.connection import WatcherSocket
 from hangwatch.worker.labels import labels_from
-from hangwatch.worker.page_writer import PageWriter
-from hangwatch.worker.slots import VOID_SLOT, Scope, Slot, void_slot
+from hangwatch.worker.own_page import OwnPage, details_of
+from hangwatch.worker.tasks import current_task
+from hangwatch.worker.warnings import warn
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
-    from hangwatch.worker.blocks import Block
+    from hangwatch.worker.arguments import Asked
+    from hangwatch.worker.blocks import Other
+    from hangwatch.worker.core import Expiration, Slots
 
 ADDRESS_VARIABLE = "HANGWATCH_ADDRESS"
 OFF = "off"
@@ -45,7 +50,7 @@ class WorkerClient:
     def __init__(self, address: str, on_lost: Callable[[], None] = lambda: None) -> None:
         self.address = address
         self._on_lost = on_lost
-        self._page: PageWriter | None = None
+        self._page: OwnPage | None = None
         self._page_again = 0.0
         self._making = threading.RLock()
         self._socket: WatcherSocket | None = None
@@ -60,64 +65,80 @@ class WorkerClient:
         return f"<{type(self).__name__} {self.address!r}, {state}>"
 
     @property
-    def page(self) -> PageWriter:
+    def page(self) -> OwnPage:
         """This process's page; it is made at the first arm.
 
         Raises:
-            OSError, ImportError: it can't be made.
+            OSError: it can't be made.
         """
         if self._page is None:
             # Two pages would be one too many: the watcher knows one. The lock is taken
             # and given back in C, so no exception can leave it held.
             with self._making:
                 if self._page is None:
-                    self._page = PageWriter(self.ring, self._warn_full)
+                    self._page = OwnPage(_weak(self.ring))
                     debugger_notice.call_when_loaded(_note_debugger)
                     if debugger_notice.is_loaded():
                         _note_debugger()
         return self._page
 
-    def choose(self, key: Hashable, after: object, limit: float, scope: Scope) -> Slot | Block:
-        """Claim a slot for a block, see `PageWriter.choose`; never fails for want of a watcher."""
-        slot = self.claim(key, after, limit, scope)
-        if scope.pauses and slot.limit < inf:
-            return PausingBlock(slot, self.page.pauses)
-        on_expiry = scope.policy.on_expiry or self._server.on_expiry
-        if on_expiry is OnExpiry.RAISE and slot.limit < inf:
-            self._prepare_to_raise()
-        return slot
+    def begin(self, block: Expiration, name: str, asked: Asked, quiet: bool = True) -> Other | None:
+        """Arm a block's timer, see `blocks.Road`; never fails for want of a watcher.
 
-    def claim(self, key: Hashable, after: object, limit: float, scope: Scope) -> Slot:
-        """Claim a slot whatever its block is, see `choose`."""
+        Args:
+            block: the block.
+            name: its name.
+            asked: what else its caller chose.
+            quiet: whether its thread may enter such a block again without asking.
+        """
+        page = self._ready()
+        if page is None:
+            return _unwatched(block)
+        raises = happens(asked.policy, self._server) is OnExpiry.RAISE
+        task = current_task()
+        if raises and task == 0.0:
+            self._prepare_to_raise()
+        quiet = quiet and not (raises or asked.pauses)
+
+        def details() -> bytes:
+            return details_of(block.after, name, block.lasti >= 0, asked)
+
+        def arm() -> bool:
+            return bool(page.slots.arm(block, block.after, details, task, quiet))
+
+        if asked.pauses:
+            pause = page.pauses.begin(block, arm)
+            if pause is not None:
+                return pause
+        elif arm():
+            if raises and task == 0.0 and block.place is not None:
+                soft_ending.note(page, block.place, name, asked.raises)
+            return None
+        self._warn_once("full", "as many blocks are open as a page has slots; this one", "")
+        return UNWATCHED
+
+    def _ready(self) -> OwnPage | None:
+        """Return the page, its watcher informed if there is one; None: it can't be had."""
         if self.address == OFF:
-            return void_slot(key, after, scope)
+            return None
         if self._page is None:
             if monotonic() < self._page_again:
-                return VOID_SLOT
+                return None
             try:
                 _ = self.page
-            except (OSError, ImportError) as error:
+            except OSError as error:
                 self._page_again = monotonic() + _TRY_AGAIN_AFTER
                 self._warn_once("page", f"no page of timers can be made ({error})")
-                return VOID_SLOT
+                return None
         if self._socket is None:
             self.ring()  # connect before the block's time begins
-        return self.page.choose(key, after, limit, scope)
+        return self._page
 
     def _prepare_to_raise(self) -> None:
         """Let the watcher interrupt the main thread; does nothing in others."""
-        number = soft_ending.install(self._overdue)
+        number = soft_ending.install()
         if number:
-            self.page.make_interruptible()
-            self.page.words[page.RAISE_SIGNAL] = number
-
-    def _overdue(self, now: float) -> list[Slot]:
-        if self._page is None:
-            return []
-        return self._page.overdue_in_this_thread(now, self._raises)
-
-    def _raises(self, block: Policy) -> bool:
-        return happens(block, self._server) is OnExpiry.RAISE
+            self.page.words[layout.RAISE_SIGNAL] = number
 
     def ring(self) -> bool:
         """Have the watcher look at this process's page, connecting first if need be.
@@ -146,7 +167,7 @@ class WorkerClient:
     def _expect_nobody(self) -> None:
         """Keep no thread quiet by what a watcher promised that we don't have, or not any more."""
         if self._page is not None:
-            self._page.words[page.WATCH_UNTIL] = 0.0
+            self._page.words[layout.WATCH_UNTIL] = 0.0
 
     @property
     def is_connected(self) -> bool:
@@ -162,7 +183,7 @@ class WorkerClient:
         self._try_at = now + 2 * connection.ANSWER_WITHIN
         try:
             self.connect()
-        except (HangwatchError, OSError, ImportError) as error:
+        except (HangwatchError, OSError) as error:
             held_up = monotonic() - now > connection.ANSWER_WITHIN / 2
             seldom = held_up or isinstance(error, VersionError)
             self._pause = min(2 * self._pause, _SELDOM) if seldom else _TRY_AGAIN_AFTER
@@ -195,6 +216,7 @@ class WorkerClient:
         self._server = watcher.policy
         if watcher.policy.on_expiry is OnExpiry.RAISE:
             self._prepare_to_raise()
+            core.forget_keys()
         self._socket = watcher
         # Who armed while we were at it had nobody to ring.
         watcher.ring()
@@ -205,56 +227,66 @@ class WorkerClient:
         own, watcher = self._page, self._socket
         self._page = self._socket = None
         if own is not None:
-            own.descriptor.close()
+            own.close()
         if watcher is not None:
             watcher.close()
 
     def forget_parent(self) -> None:
         """In a forked child: touch nothing of the parent's, and start anew."""
-        own = self._page
         self._making = threading.RLock()
         self._try_at = self._page_again = 0.0
         self._warned = set()
-        if own is not None:
-            own.make_private()
         self.close()
 
-    def _warn_full(self) -> None:
-        self._warn_once("full", "as many blocks are open as a page has slots; this one")
-
-    def _warn_once(self, kind: str, what: str) -> None:
-        if kind in self._warned:
-            return
-        self._warned.add(kind)
-        import logging
-
-        ending = " is unwatched" if kind == "full" else "; this process runs on unwatched"
-        logging.getLogger("hangwatch").warning("hangwatch: %s%s", what, ending)
+    def _warn_once(self, kind: str, what: str, who: str = "; this process") -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warn(f"{what}{who} runs on unwatched")
 
 
 _clients: weakref.WeakSet[WorkerClient] = weakref.WeakSet()
-
-
-def all_slots() -> list[Slot]:
-    """Return the slots of this process, of all clients and threads."""
-    pages = [client._page for client in list(_clients)]
-    return [slot for page in pages if page is not None for slot in page.all_slots()]
 
 
 def _note_debugger() -> None:
     """Say in every page of this process that a debugger is loaded."""
     for client in list(_clients):
         if client._page is not None:
-            client._page.words[page.DEBUGGER_LOADED] = 1.0
+            client._page.words[layout.DEBUGGER_LOADED] = 1.0
 
 
-def _after_fork() -> None:
+def forget_parent() -> None:
+    """In a forked child: touch nothing of the parent's, and start anew."""
+    global _void
+    _void = None
     for client in list(_clients):
         client.forget_parent()
     stack_channel.forget_channel()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+def _weak(method: Callable[[], bool]) -> Callable[[], bool]:
+    """Return a function that calls a method as long as its object lives."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> bool:
+        alive = reference()
+        return alive is not None and alive()
+
+    return call
+
+
+_void: Slots | None = None
+"""The slots of blocks that nobody watches: memory of our own, with a promise for ever."""
+
+
+def _unwatched(block: Expiration) -> Other | None:
+    global _void
+    if _void is None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        memory = mmap.mmap(-1, layout.PAGE_BYTES, flags=flags)
+        memoryview(memory).cast("d")[layout.WATCH_UNTIL] = inf
+        _void = core.Slots(memory, lambda: False, layout.HEADER_BYTES, layout.CAPACITY)
+    armed = _void.arm(block, inf, layout.no_details, 0.0, True)
+    return None if armed else UNWATCHED
 
 
 _by_address: dict[str, WorkerClient] = {}

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from hangwatch.worker.expiration import Expiration
+    from hangwatch.worker.core import Expiration
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

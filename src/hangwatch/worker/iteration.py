@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from hangwatch.worker.expiration import Expiration
+    from hangwatch.worker.core import Expiration
 
 Item = TypeVar("Item")
 

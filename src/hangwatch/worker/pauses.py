@@ -11,16 +11,18 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from math import inf
 from time import monotonic
 
 from hangwatch.page import layout
+from hangwatch.worker.blocks import no_end
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
     from hangwatch.page.view import View
-    from hangwatch.worker.slots import Slot
+    from hangwatch.worker.core import Expiration
 
 
 class Pauses:
@@ -29,87 +31,72 @@ class Pauses:
     Args:
         view: what the page says.
         words: the page's words, to be changed.
+        ring: tells the watcher.
     """
 
-    def __init__(self, view: View, words: memoryview[float]) -> None:
+    def __init__(self, view: View, words: memoryview[float], ring: Callable[[], bool]) -> None:
         self._view = view
         self._words = words
+        self._ring = ring
         self._pid = os.getpid()
         # Reentrant: a signal handler may pause, too. Taken and given back in C, so no
         # exception can leave it held.
         self._lock = threading.RLock()
-        self._since = 0.0
-        self._pausing: list[tuple[Slot, float]] = []
-        # With a weak reference's callback and no __del__: who ends a pause as usual runs no code
-        # of ours after that, in which an interruption would get lost.
-        self._holders: dict[tuple[int, float], weakref.ref[object]] = {}
+        self._since = inf
+        self._pausing: list[tuple[int, float]] = []
         # Where, from, to: made once a pause, so that what was interrupted can be done again.
         self._moves: list[tuple[int, float, float]] | None = None
 
-    def are_open(self) -> bool:
-        """Tell whether the page's timers are suspended."""
-        # Mostly none was ever begun, and nothing needs to be read.
-        return bool(self._pausing) and self._view.is_paused()
-
-    def stand_since(self) -> float | None:
-        """Return since when the page's timers are suspended; None: they run."""
-        return self._since if self.are_open() else None
-
-    def begin(self, slot: Slot, held_by: object) -> None:
-        """Arm a slot whose block pauses; if that raises, `end` it.
+    def begin(self, block: Expiration, arm: Callable[[], bool]) -> PausingBlock | None:
+        """Begin a pause; if that raises, it has not begun.
 
         Args:
-            slot: the slot, claimed.
-            held_by: once nobody has this any more, the pause ends: after an exception at the
-                very entry of what would have ended it, for example.
+            block: the block that pauses.
+            arm: arms its slot; returns whether there was one left.
         """
         with self._lock:
             self._forget_ended()
-            forgotten = partial(self._forgotten, slot, slot.entry)
-            self._holders[slot.index, slot.entry] = weakref.ref(held_by, forgotten)
             if not self._pausing:
                 self._since = monotonic()
                 self._moves = None
-            self._pausing.append((slot, slot.entry))
-            slot.arm()
+            if not arm():
+                return None
+            assert block.place is not None
+            _, index, entry = block.place
+            self._pausing.append((index, entry))
+            return PausingBlock(partial(self.end, index, entry))
 
-    def end(self, slot: Slot, entry: float) -> None:
-        """End the pause that armed `slot` as `entry`; a second time does nothing."""
+    def end(self, index: int, entry: float) -> None:
+        """End the pause that armed a slot as `entry`; a second time does nothing."""
         if os.getpid() != self._pid:
             return  # a forked child: the pause is its parent's, and so may the lock be
         with self._lock:
-            if not slot.is_open(entry):
-                self._holders.pop((slot.index, entry), None)
+            if not self._view.is_open(index, entry):
                 return
             self._forget_ended()
-            if self._pausing in ([(slot, entry)], []):
+            if self._pausing in ([(index, entry)], []):
                 if self._moves is None:
                     self._moves = list(self._moves_of(self._since, monotonic()))
                 for at, before, after in self._moves:
                     # No calls: another thread may end or renew its block meanwhile.
                     if self._words[at] == before:
                         self._words[at] = after
-            slot.exit(None, None, None)
-            self._holders.pop((slot.index, entry), None)
+            self._words[layout.deadline_word(index)] = 0.0
         # What was suspended may be due before the watcher looks again.
-        slot.ring()
+        self._ring()
 
-    def _forgotten(self, slot: Slot, entry: float, holder: object) -> None:
-        # At the interpreter's end there may be nothing left to do it with.
-        with contextlib.suppress(Exception):
-            self.end(slot, entry)
+    def since(self) -> float:
+        """Return since when the page's timers are suspended; infinite: they run."""
+        # Mostly none was ever begun, and nothing needs to be read.
+        return self._since if self._pausing and self._view.is_paused() else inf
 
     def _forget_ended(self) -> None:
-        self._pausing = [
-            (slot, entry)
-            for slot, entry in self._pausing
-            if self._view.is_watched(slot.index, entry)
-        ]
+        self._pausing = [place for place in self._pausing if self._view.is_open(*place)]
 
     def _moves_of(self, since: float, until: float) -> Iterator[tuple[int, float, float]]:
         """Yield which words of suspended blocks must change, and how."""
         view = self._view
-        for slot in view.open_slots().values():
+        for slot in view.armed():
             # What was due before has no time left that could be given back.
             if slot.deadline <= since or view.is_pause(slot.index):
                 continue
@@ -120,3 +107,36 @@ class Pauses:
             if slot.deadline < layout.NEVER:
                 began = slot.deadline - view.interval(slot)
                 yield at, slot.deadline, slot.deadline + max(0.0, until - max(since, began))
+
+
+class PausingBlock:
+    """A pause, while its block is open; see `blocks.Other`.
+
+    Args:
+        end: ends the pause; a second time does nothing.
+    """
+
+    def __init__(self, end: Callable[[], None]) -> None:
+        self._end = end
+        # However the block ends. With a weak reference's callback and no __del__: who ends a
+        # pause as usual runs no code of ours after that, in which an interruption would get lost.
+        self._forgotten = weakref.finalize(self, _end_quietly, end)
+        self._forgotten.atexit = False
+
+    def exit(self, kind: object, error: object, traceback: object) -> None:
+        """End the pause; the other timers go on with what was left to them."""
+        try:
+            self._end()
+        except BaseException:  # an interruption: nothing may stay suspended, or lose its time
+            self._end()
+            raise
+
+    def cancel(self) -> None:
+        """Refuse: a pause without an end would be a switch."""
+        raise no_end()
+
+
+def _end_quietly(end: Callable[[], None]) -> None:
+    # At the interpreter's end there may be nothing left to do it with.
+    with contextlib.suppress(Exception):
+        end()

@@ -1,59 +1,89 @@
 """`TimerExpired`, raised in the main thread by a signal of the watcher's.
 
 Python runs a signal's handler in the main thread, between two bytecodes of whatever runs
-there, and what it raises is raised at that place. The handler itself looks which block has
-overrun: if it has ended meanwhile, nothing is raised. Source: Python's signal module, "Signals
-and threads".
+there, and what it raises is raised at that place. The handler looks which block has overrun,
+and raises only where the frame that entered the block is among those that run: never in a
+neighbour, and never once the block has ended. Source: Python's signal module, "Signals and
+threads".
 """
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterable
 from time import monotonic
 from types import FrameType
 
 from hangwatch.errors import TimerExpired
-from hangwatch.page import layout as page
+from hangwatch.page import layout
 from hangwatch.worker.free_signals import free_signals
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
-    from hangwatch.worker.slots import Slot
+    from typing import Any
 
-Overdue = Callable[[float], "Iterable[Slot]"]
-"""Given the time, finds the main thread's overdue blocks that are to be ended softly."""
-
+    from hangwatch.worker.own_page import OwnPage
 
 # They call what is timed from within a ``with`` of their own, as anybody does.
 _CALLERS = ("hangwatch.worker.decorated", "hangwatch.worker.iteration")
-
-
 # Python code that ours calls while it begins or ends a block.
 _CALLED = ("asyncio.tasks", "asyncio.events", "threading", "weakref")
+
+
+class _Raisable:
+    """An open block of the main thread whose overrun raises."""
+
+    def __init__(
+        self, page: OwnPage, place: tuple[object, int, float], name: str, raises: Any
+    ) -> None:
+        self._page = page
+        self._at = layout.deadline_word(place[1])
+        self._entry = place[2]
+        self._name = name
+        self._raises = raises
+        frame = _who_enters()
+        # Not the frame itself, which would be kept alive, with all that it refers to.
+        self.frame = id(frame), id(frame.f_code)
+
+    def deadline(self) -> float:
+        """Return the deadline; 0.0: the block has ended."""
+        words = self._page.words
+        return words[self._at] if words[self._at + layout.ENTRY] == self._entry else 0.0
+
+    def is_overdue(self, now: float) -> bool:
+        """Tell whether the block has overrun, and was not raised in for it."""
+        raised = self._page.words[self._at + layout.RAISED_ENTRY] == self._entry
+        return 0.0 < self.deadline() <= now < self._page.pauses.since() and not raised
+
+    def entered(self) -> float:
+        """Return when the block was entered (CLOCK_MONOTONIC)."""
+        return self._page.entered(self._at, self._entry)
+
+    def note_raised(self) -> None:
+        """Say in the page that it was raised in this block."""
+        self._page.words[self._at + layout.RAISED_ENTRY] = self._entry
+
+    def raise_now(self, now: float) -> None:
+        """Raise what the block asked for."""
+        limit = self._page.interval(self._at, self._entry)
+        expired = TimerExpired(self._name, limit, now - self.entered())
+        if self._raises is None or self._raises is TimerExpired:
+            raise expired
+        raise self._raises(str(expired)) from expired
 
 
 class _Handler:
     """The handler of this process; there is one, however many pages it has."""
 
     number = 0
-    overdue: list[Overdue] = []  # noqa: RUF012  # one object, never replaced
+    blocks: list[_Raisable] = []  # noqa: RUF012  # replaced as a whole
 
 
-def install(overdue: Overdue) -> int:
-    """Catch a signal, the first time.
-
-    Args:
-        overdue: where the handler looks; asked as long as the process lives.
-
-    Returns:
-        The signal's number; 0 if none is free, or this is not the main thread.
-    """
+def install() -> int:
+    """Catch a signal, the first time; return its number, 0 if none is free, or not here."""
     if threading.current_thread() is not threading.main_thread():
         return 0
-    if overdue not in _Handler.overdue:
-        _Handler.overdue.append(overdue)
     # A program that took the signal since then has it.
     if not _Handler.number or signal.getsignal(_Handler.number) is not _raise:
         _Handler.number = next(iter(free_signals()), 0)
@@ -65,37 +95,68 @@ def install(overdue: Overdue) -> int:
     return _Handler.number
 
 
+def note(page: OwnPage, place: tuple[object, int, float], name: str, raises: object) -> None:
+    """Let an overrun of a block that the main thread has just entered raise."""
+    if threading.get_ident() == threading.main_thread().ident:
+        open_ones = [block for block in _Handler.blocks if block.deadline()]
+        _Handler.blocks = [*open_ones, _Raisable(page, place, name, raises)]
+
+
 def _raise(number: int, frame: FrameType | None) -> None:
     now = monotonic()
-    slots = [slot for overdue in _Handler.overdue for slot in overdue(now)]
-    # Raised in what begins or ends a block, it would keep that from disarming it. If nothing
-    # has ended, the watcher asks again.
-    if not slots or _is_between(frame):
+    overdue = [block for block in _Handler.blocks if block.is_overdue(now)]
+    # If nothing has ended, the watcher asks again.
+    if not overdue or _is_between(frame):
         return
-    # All of them end by it; it is the outermost that catches it.
-    outermost = min(slots, key=_depth)
-    entry = outermost.words[outermost.entry_at]
-    limit, entered = outermost.interval(entry), outermost.entered(entry)
-    for slot in slots:
-        entry = slot.words[slot.entry_at]
-        slot.raised = entry, slot.words[slot.deadline_at]
-        slot.words[slot.deadline_at + page.RAISED_ENTRY] = entry
-    raise TimerExpired(outermost.scope.name, limit, now - entered)
-
-
-def _depth(slot: Slot) -> int:
-    depth = 0
-    around = slot.enclosing
-    while around is not None:
-        depth, around = depth + 1, around.enclosing
-    return depth
-
-
-def _is_between(frame: FrameType | None) -> bool:
-    """Tell whether a block is just being entered or left, by our code or an ExitStack's."""
-    while frame is not None and frame.f_globals.get("__name__") in _CALLED:
+    inside: list[_Raisable] = []
+    outermost: _Raisable | None = None
+    # What a trace function raises unsets it, and comes to who is traced at any place.
+    while frame is not None and not _is_tracing(frame):
+        here = [block for block in overdue if block.frame == (id(frame), id(frame.f_code))]
+        if here:
+            inside += here
+            outermost = min(here, key=_Raisable.entered)
         frame = frame.f_back
-    module = "" if frame is None else frame.f_globals.get("__name__", "")
+    if outermost is not None:
+        # All of them end by it; it is the outermost that catches it.
+        for block in inside:
+            block.note_raised()
+        outermost.raise_now(now)
+
+
+def _who_enters() -> FrameType:
+    """Return the frame whose block is being entered."""
+    frame = sys._getframe(1)
+    while _is_ours(frame) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def _is_ours(frame: FrameType) -> bool:
+    """Tell whether a frame is of our code, or an ExitStack's, and not one that calls a user's."""
+    module = str(frame.f_globals.get("__name__", ""))
     if module in _CALLERS:
         return False
     return module == "contextlib" or module.startswith("hangwatch.")
+
+
+def _is_between(frame: FrameType | None) -> bool:
+    """Tell whether a block is just being entered or left."""
+    while frame is not None and frame.f_globals.get("__name__") in _CALLED:
+        frame = frame.f_back
+    return frame is not None and _is_ours(frame)
+
+
+def _is_tracing(frame: FrameType) -> bool:
+    """Tell whether a frame is a call of a trace or profile function."""
+    around = None if frame.f_back is None else frame.f_back.f_trace
+    functions = sys.gettrace(), sys.getprofile(), around
+    return any(frame.f_code is _code_of(function) for function in functions)
+
+
+def _code_of(function: Any) -> object:
+    if function is None:
+        return None
+    function = getattr(function, "__func__", function)  # of a method
+    code = getattr(function, "__code__", None)
+    return getattr(type(function).__call__, "__code__", None) if code is None else code

@@ -4,7 +4,7 @@ An input is text, one assignment a line: slots, field, value:
 
     header in_use 31
     0 deadline 1.0
-    0-30 enclosing @1
+    0-30 task @1
     --
     0 entry nan
 
@@ -70,14 +70,13 @@ _SLOT = {
     "native_id": (40, "Q"),
     "flags": (48, "I"),
     "signal": (52, "i"),
-    "enclosing": (56, "Q"),
-    "enclosing_entry": (64, "d"),
+    "task": (8 * layout.TASK, "d"),
+    "skipped_entry": (8 * layout.SKIPPED_ENTRY, "d"),
     "grace": (72, "d"),
     "renewed_entry": (8 * layout.RENEWED_ENTRY, "d"),
     "entered": (8 * layout.ENTERED, "d"),
     "renewed_limit": (8 * layout.RENEWED_LIMIT, "d"),
     "raised_entry": (8 * layout.RAISED_ENTRY, "d"),
-    "task_entry": (8 * layout.TASK_ENTRY, "d"),
     "name": (120, "24s"),
     "scope": (144, "176s"),
 }
@@ -161,7 +160,8 @@ def _check_verdict(worker: Watched, slot: Armed) -> None:
     _check_chosen(chosen)
     reader.details(slot)
     reader.lasts(slot)
-    reader.is_in_task(slot)
+    reader.task(slot)
+    reader.was_skipped(slot)
     reader.was_raised(slot)
     change = reader.change_of(slot)
     assert change is None or isinstance(change, str)
