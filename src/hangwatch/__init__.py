@@ -82,6 +82,8 @@ if not TYPE_CHECKING:  # to a type checker, this would define every name
     def __getattr__(name: str) -> object:
         from importlib import import_module
 
+        if name == "timer":  # else it would be there only once one of its names was used
+            return import_module(f"{__name__}.timer")
         module = _LAZY.get(name)
         if module is None:
             raise AttributeError(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from hangwatch.watcher.settings import checked_settings
+from hangwatch.options import checked_settings
 from support.nursery import Nursery, Worker
 from support.watchers import RunningWatcher
 
@@ -32,6 +32,7 @@ _MODULES = [
     "hangwatch.keep.launch",
     "hangwatch.keep.serve",
     "hangwatch.process",
+    "hangwatch.timer.shared_memory_timer",
     "hangwatch.worker.client",
     "hangwatch.worker.connection",
     "hangwatch.worker.soft_ending",
@@ -55,8 +56,8 @@ _BECOME = """
 import ctypes, faulthandler, inspect, json, linecache, logging, mmap, os, signal, socket, struct
 import subprocess, sys, threading, time, traceback
 sys.path[:0] = {path!r}
-import hangwatch, hangwatch.cli, hangwatch.cli.run
-from hangwatch import linux, wire
+import hangwatch, hangwatch.cli, hangwatch.cli.run, hangwatch.timer.shared_memory_timer
+from hangwatch import linux, options, wire
 from hangwatch.evidence import error_file
 from hangwatch.keep import launch, serve
 from hangwatch.process import Identity

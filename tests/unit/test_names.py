@@ -113,6 +113,12 @@ print(vars(hangwatch)["serve"] is found is hangwatch.serve)
     assert python(script) == "True\n"
 
 
+def test_the_timers_are_an_attribute_from_the_start() -> None:
+    assert (
+        python("import hangwatch; print(hangwatch.timer.api.__name__)") == "hangwatch.timer.api\n"
+    )
+
+
 def test_dir_has_every_public_name() -> None:
     assert set(hangwatch.__all__) <= set(dir(hangwatch))
     assert dir(hangwatch) == sorted(set(dir(hangwatch)))
@@ -129,7 +135,7 @@ print({name: globals()[name] for name in hangwatch.__all__}
     assert python(script) == "True\n"
 
 
-def test_a_wrong_name_is_told_as_python_tells_it() -> None:
+def test_a_wrong_name_raises_python_s_usual_errors() -> None:
     with pytest.raises(AttributeError) as caught:
         hangwatch.LocalTimerServe  # type: ignore[attr-defined]  # noqa: B018
     assert str(caught.value) == "module 'hangwatch' has no attribute 'LocalTimerServe'"

@@ -13,7 +13,7 @@ Usage:
         ...
 
 `api` has the contract, `local_timer` the pair over a queue, `file_based_local_timer` the pair
-over a FIFO. `shared_memory_timer` has hangwatch's own pair, which torch has not.
+over a FIFO. `shared_memory_timer` has hangwatch's own pair, which torch does not have.
 """
 
 from hangwatch.timer.api import (

@@ -219,7 +219,7 @@ class FileTimerServer(DropInServer):
             return
         self._fifo.open()
         super().start()
-        self._tell("watchdog started", None)
+        self._emit("watchdog started", None)
 
     def stop(self) -> None:
         """Stop watching and remove the FIFO, within a second.
@@ -228,7 +228,7 @@ class FileTimerServer(DropInServer):
         a start it only removes the FIFO; in a forked child it does nothing.
         """
         if self._end():
-            self._tell("watchdog stopped", None)
+            self._emit("watchdog stopped", None)
 
     def run_once(self) -> None:
         """Take what is in the FIFO, go one last round, and stop."""
@@ -292,7 +292,7 @@ class FileTimerServer(DropInServer):
                     )
                     return True
                 if reaped:
-                    self._tell("kill worker process", request)
+                    self._emit("kill worker process", request)
                 return reaped
         # The worker's other timers are still to be watched.
         for request in expired:
@@ -305,7 +305,7 @@ class FileTimerServer(DropInServer):
             self._run_id, {pid: [request.to_json() for request in expired]}
         )
         for request in expired:
-            self._tell("timer expired", request)
+            self._emit("timer expired", request)
             if request.signal > 0:
                 break
 
@@ -322,9 +322,9 @@ class FileTimerServer(DropInServer):
         if event["event"] == "expired":
             self._expired(event["pid"], [request])
         else:
-            self._tell("kill worker process", request)
+            self._emit("kill worker process", request)
 
-    def _tell(self, name: str, request: FileTimerRequest | None) -> None:
+    def _emit(self, name: str, request: FileTimerRequest | None) -> None:
         if self._log_event is None:
             return
         try:
