@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from hangwatch.options import checked_settings
+from hangwatch.watcher.settings import checked_settings
 from support.nursery import Nursery, Worker
 from support.watchers import RunningWatcher
 
@@ -32,7 +32,6 @@ _MODULES = [
     "hangwatch.keep.launch",
     "hangwatch.keep.serve",
     "hangwatch.process",
-    "hangwatch.timer.shared_memory_timer",
     "hangwatch.worker.client",
     "hangwatch.worker.connection",
     "hangwatch.worker.soft_ending",
@@ -57,7 +56,7 @@ import ctypes, faulthandler, inspect, json, linecache, logging, mmap, os, signal
 import subprocess, sys, threading, time, traceback
 sys.path[:0] = {path!r}
 import hangwatch, hangwatch.cli, hangwatch.cli.run, hangwatch.timer.shared_memory_timer
-from hangwatch import linux, options, wire
+from hangwatch import linux, wire
 from hangwatch.evidence import error_file
 from hangwatch.keep import launch, serve
 from hangwatch.process import Identity
