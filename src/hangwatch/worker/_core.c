@@ -11,7 +11,6 @@
 #include <structmember.h>
 #include <math.h>
 #include <stdatomic.h>
-#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -29,9 +28,7 @@ enum { DETAILS_BYTES = SLOT_BYTES - LIMIT * 8 };
 enum { BUCKETS = 64, MOST_KEYS = 64, MOST_SPARE_BLOCKS = 64 };
 
 typedef _Atomic double Word;
-typedef struct State State;
-typedef struct Slots Slots;
-typedef struct Thread Thread;
+typedef struct State State; typedef struct Slots Slots; typedef struct Thread Thread;
 
 /* One place of a page. */
 typedef struct Slot {
@@ -41,7 +38,6 @@ typedef struct Slot {
     struct Slot *next;          /* in a list of free ones */
     struct Slot *older, *newer; /* in the list of the thread's open ones */
 } Slot;
-
 /* What a thread enters again and again: a scope with its limit and policy. */
 typedef struct Key {
     PyObject *scope, *asked; /* as of a block */
@@ -54,17 +50,14 @@ typedef struct Key {
     Thread *thread;
     struct Key *next;
 } Key;
-
 struct Thread {
     Key *table[BUCKETS];
     State *state;
     Slot *newest;
     double order;
-    long keys, epoch;
-    int dead;
+    long keys, epoch, dead;
     Thread *next;
 };
-
 /* All slots of one page: core.Slots. */
 struct Slots {
     PyObject_HEAD
@@ -77,7 +70,6 @@ struct Slots {
     int closed;
     Slots *next;
 };
-
 /* core.Expiration. */
 typedef struct {
     PyObject_HEAD
@@ -91,7 +83,6 @@ typedef struct {
     char entered, awaited; /* awaited by `async with` next: 1, being entered; 2, being left */
     double after;
 } Block;
-
 struct State {
     PyTypeObject *block_type, *slots_type;
     PyObject *hooks; /* what Python decides: core.Hooks */
@@ -106,13 +97,14 @@ struct State {
 static _Thread_local Thread *this_thread;
 
 static inline double load(Word *word) { return atomic_load_explicit(word, memory_order_relaxed); }
-static inline void store(Word *word, double x) { atomic_store_explicit(word, x, memory_order_release); }
+static inline void store(Word *word, double value) {
+    atomic_store_explicit(word, value, memory_order_release);
+}
 static inline double monotonic(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
 }
-
 /* ---- forks */
 
 /* The first look of a forked child, whoever forked it: the pages are its own from here on. */
@@ -130,9 +122,7 @@ static inline State *state_of(PyObject *module) { return *(State **)PyModule_Get
 static inline void check_fork(State *state) {
     if (__builtin_expect(!*state->token, 0)) forget_parent(state);
 }
-
 /* ---- keys and threads */
-
 static void give_back(Slots *slots, Slot *slot) {
     store(slot->words + IDENT, 0.0); /* the thread's name is nobody's from here on */
     slot->key = NULL;
@@ -156,15 +146,16 @@ static void drop_keys(Thread *thread, Slots *only) {
             PyMem_Free(key);
         }
 }
+/* Free a thread that has ended, once its last block has. */
 static void free_if_done(Thread *thread) {
+    Thread **at = &thread->state->threads;
     if (!thread->dead || thread->keys) return;
-    for (Thread **at = &thread->state->threads; *at; at = &(*at)->next)
-        if (*at == thread) { *at = thread->next; break; }
+    while (*at != thread) at = &(*at)->next;
+    *at = thread->next;
     PyMem_Free(thread);
 }
 static void thread_ends(PyObject *capsule) {
     Thread *thread = PyCapsule_GetPointer(capsule, CAPSULE);
-    if (!thread) { PyErr_Clear(); return; }
     if (this_thread == thread) this_thread = NULL;
     check_fork(thread->state);
     thread->dead = 1;
@@ -172,18 +163,17 @@ static void thread_ends(PyObject *capsule) {
     free_if_done(thread);
 }
 static Thread *find_thread(State *state) {
-    PyObject *dict = PyThreadState_GetDict(), *capsule;
-    if (!dict) { PyErr_SetString(PyExc_RuntimeError, "this thread has no state"); return NULL; }
-    if ((capsule = PyDict_GetItemString(dict, CAPSULE))) /* this interpreter's */
-        return this_thread = PyCapsule_GetPointer(capsule, CAPSULE);
-    Thread *thread = PyMem_Calloc(1, sizeof *thread);
+    PyObject *dict = PyThreadState_GetDict(); /* this interpreter's */
+    PyObject *capsule = dict ? PyDict_GetItemString(dict, CAPSULE) : NULL;
+    if (capsule) return this_thread = PyCapsule_GetPointer(capsule, CAPSULE);
+    Thread *thread = dict ? PyMem_Calloc(1, sizeof *thread) : NULL;
     if (!thread) { PyErr_NoMemory(); return NULL; }
     thread->state = state;
     thread->next = state->threads;
     state->threads = thread;
-    if (!(capsule = PyCapsule_New(thread, CAPSULE, thread_ends))) return NULL;
-    int failed = PyDict_SetItemString(dict, CAPSULE, capsule);
-    Py_DECREF(capsule);
+    capsule = PyCapsule_New(thread, CAPSULE, thread_ends);
+    int failed = !capsule || PyDict_SetItemString(dict, CAPSULE, capsule) < 0;
+    Py_XDECREF(capsule);
     return failed ? NULL : (this_thread = thread);
 }
 /* Whether two callers chose the same: policies are interned, so no code of theirs runs here. */
@@ -218,24 +208,20 @@ static Key *new_key(Thread *thread, Block *block, Slots *slots) {
     return key;
 }
 static Slot *free_slot(Slots *slots) {
-    Slot *slot = slots->free;
-    if (slot) { slots->free = slot->next; return slot; }
-    if (slots->given_out >= slots->capacity) {
+    if (!slots->free && slots->given_out >= slots->capacity)
         /* Those that other scopes keep for their next blocks. */
         for (Thread *thread = slots->state->threads; thread; thread = thread->next)
             drop_keys(thread, slots);
-        if ((slot = slots->free)) slots->free = slot->next;
-        return slot;
-    }
-    slot = &slots->rows[slots->given_out];
-    slot->words = slots->words + slots->first / 8 + slots->given_out++ * (SLOT_BYTES / 8);
-    if (load(slots->words + SLOTS_IN_USE) < (double)slots->given_out)
+    Slot *slot = slots->free;
+    if (slot) slots->free = slot->next;
+    else if (slots->given_out < slots->capacity) {
+        slot = &slots->rows[slots->given_out];
+        slot->words = slots->words + slots->first / 8 + slots->given_out++ * (SLOT_BYTES / 8);
         store(slots->words + SLOTS_IN_USE, (double)slots->given_out);
+    }
     return slot;
 }
-
 /* ---- arming and disarming */
-
 static double task_of_thread(State *state) {
     if (!state->running_loop) return 0.0;
     double task = 0.0;
@@ -264,11 +250,10 @@ static int ring(Block *block, Slot *slot) {
             connected = PyObject_CallNoArgs(callback);
         }
     }
-    if (!connected && block->state->ended) PyErr_Clear();
-    else if (!connected) { Py_DECREF(callback); return -1; }
     Py_XDECREF(connected);
     Py_DECREF(callback);
-    return 0;
+    if (!connected && block->state->ended) PyErr_Clear();
+    return connected || block->state->ended ? 0 : -1;
 }
 static inline int is_quiet(Slots *slots, double now, double deadline) {
     atomic_signal_fence(memory_order_seq_cst); /* the watcher's membarrier(2) is the fence */
@@ -331,7 +316,6 @@ static void disarm(Block *block, int left) {
     }
     if (__builtin_expect(skipped, 0)) note_skipped(state, thread, order);
 }
-
 /* ---- blocks */
 
 /* Raise the error that Python has for it. */
@@ -364,42 +348,35 @@ static PyObject *new_block(State *state, double after, PyObject *scope, Py_hash_
 static Py_hash_t place_hash(PyObject *code, int lasti) {
     return (Py_hash_t)((uintptr_t)code >> 6) ^ (lasti >> 1);
 }
-/* Call a hook with the arguments that a function of ours got, and `first` before them. */
-static PyObject *call_hook(State *state, const char *name, PyObject *first, PyObject *const *args,
-                           Py_ssize_t n, PyObject *names) {
-    check_fork(state);
-    PyObject *function = PyObject_GetAttrString(state->hooks, name), *result = NULL;
-    PyObject *all = PyTuple_New(n + !!first), *named = PyDict_New();
-    if (all && first) PyTuple_SetItem(all, 0, Py_NewRef(first));
-    for (Py_ssize_t i = 0; all && i < n; i++) PyTuple_SetItem(all, i + !!first, Py_NewRef(args[i]));
+/* Have Python look at the arguments of `expires`. */
+static PyObject *declare(State *state, PyObject *const *args, Py_ssize_t n, PyObject *names) {
+    PyObject *function = PyObject_GetAttrString(state->hooks, "declare"), *result = NULL;
+    PyObject *all = PyTuple_New(n), *named = PyDict_New();
+    for (Py_ssize_t i = 0; all && i < n; i++) PyTuple_SetItem(all, i, Py_NewRef(args[i]));
     for (Py_ssize_t i = 0; named && names && i < PyTuple_Size(names); i++)
         if (PyDict_SetItem(named, PyTuple_GetItem(names, i), args[n + i]) < 0) Py_CLEAR(named);
     if (function && all && named) result = PyObject_Call(function, all, named);
-    Py_XDECREF(function);
-    Py_XDECREF(all);
-    Py_XDECREF(named);
+    Py_XDECREF(function); Py_XDECREF(all); Py_XDECREF(named);
     return result;
 }
 static PyObject *expires(PyObject *module, PyObject *const *args, Py_ssize_t n, PyObject *names) {
     State *state = state_of(module);
-    PyObject *after = NULL, *scope = Py_None;
+    PyObject *given[] = {NULL, NULL}; /* after, scope */
     Py_ssize_t named = names ? PyTuple_Size(names) : 0;
-    if (n > 2 || n + named > 2) goto declare;
-    if (n > 0) after = args[0];
-    if (n > 1) scope = args[1];
-    for (Py_ssize_t i = 0; i < named; i++) {
-        PyObject *name = PyTuple_GetItem(names, i);
-        if (name == state->after_name && n < 1) after = args[n + i];
-        else if (name == state->scope_name && n < 2) scope = args[n + i];
-        else goto declare;
+    if (n + named > 2) goto declare;
+    for (Py_ssize_t i = 0; i < n + named; i++) {
+        PyObject *name = i < n ? NULL : PyTuple_GetItem(names, i - n);
+        Py_ssize_t at = !name ? i : name == state->after_name ? 0 : 1 + (name != state->scope_name);
+        if (at > 1 || given[at]) goto declare;
+        given[at] = args[i];
     }
+    PyObject *after = given[0], *scope = given[1];
     if (!after) goto declare;
     double seconds;
-    if (PyFloat_CheckExact(after)) seconds = PyFloat_AsDouble(after);
-    else if (PyLong_CheckExact(after)) seconds = PyLong_AsDouble(after);
-    else goto declare;
+    if (!PyFloat_CheckExact(after) && !PyLong_CheckExact(after)) goto declare;
+    seconds = PyFloat_AsDouble(after);
     if (!(seconds > 0.0 && seconds < INFINITY)) { PyErr_Clear(); goto declare; }
-    if (scope != Py_None) {
+    if (scope && scope != Py_None) {
         if (!PyUnicode_CheckExact(scope) || !PyUnicode_GetLength(scope)) goto declare;
         return new_block(state, seconds, scope, PyObject_Hash(scope), -1, NULL);
     }
@@ -414,7 +391,7 @@ static PyObject *expires(PyObject *module, PyObject *const *args, Py_ssize_t n, 
     Py_DECREF(code);
     return block;
 declare: /* whatever is not plain, or wrong */
-    return call_hook(state, "declare", NULL, args, n, names);
+    return declare(state, args, n, names);
 }
 static PyObject *block_of(PyObject *module, PyObject *args) {
     double after;
@@ -464,7 +441,8 @@ static PyObject *block_enter(PyObject *self, PyObject *Py_UNUSED(none)) {
 }
 static PyObject *block_exit(PyObject *self, PyObject *const *args, Py_ssize_t n) {
     Block *block = (Block *)self;
-    PyObject *other = block->other, *result = Py_NewRef(Py_None), *given[3] = {result, result, result};
+    PyObject *other = block->other, *result = Py_NewRef(Py_None);
+    PyObject *given[] = {result, result, result};
     if (__builtin_expect(other != NULL, 0)) {
         memcpy(given, args, (size_t)(n < 3 ? n : 3) * sizeof *given);
         block->other = NULL;
@@ -505,15 +483,18 @@ static PyObject *block_next(PyObject *self) {
     Py_DECREF(result);
     return NULL;
 }
-
 /* ---- what the holder of an open block does */
-
 static PyObject *block_renew(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *names) {
     Block *block = (Block *)self;
     Slot *slot = block->slot;
     check_fork(block->state);
-    if (n || names || !slot || block->other)
-        return call_hook(block->state, "renew", self, args, n, names);
+    if (n || names || !slot || block->other) {
+        if (n + (names ? PyTuple_Size(names) : 0) > 1 ||
+            (names && PyTuple_GetItem(names, 0) != block->state->after_name))
+            return PyErr_Format(PyExc_TypeError, "renew takes one argument at most: after");
+        return PyObject_CallMethod(block->state->hooks, "renew", "OO", self,
+                                   n || names ? args[0] : Py_None);
+    }
     Word *words = slot->words;
     double limit = slot->key->limit, now = monotonic(), deadline = now + limit;
     if (load(words + RENEWED_ENTRY) != slot->entry) {
@@ -531,34 +512,18 @@ static PyObject *block_renew(PyObject *self, PyObject *const *args, Py_ssize_t n
     }
     Py_RETURN_NONE;
 }
-static PyObject *block_cancel(PyObject *self, PyObject *Py_UNUSED(none)) {
-    return call_hook(((Block *)self)->state, "cancel", self, NULL, 0, NULL);
-}
-static PyObject *block_remaining(PyObject *self, PyObject *Py_UNUSED(none)) {
-    return call_hook(((Block *)self)->state, "remaining", self, NULL, 0, NULL);
-}
 static PyObject *block_again(PyObject *self, PyObject *Py_UNUSED(none)) {
-    Block *block = (Block *)self;
-    return new_block(block->state, block->after, block->scope, block->hash, block->lasti,
-                     block->asked);
-}
-static PyObject *block_call(PyObject *self, PyObject *args, PyObject *Py_UNUSED(names)) {
-    PyObject *again = PyObject_GetAttrString(self, "again"), *result = NULL, *function;
-    if (again && PyArg_ParseTuple(args, "O:a block decorates a function", &function))
-        result = PyObject_CallMethod(((Block *)self)->state->hooks, "decorate", "OO", function,
-                                     again);
-    Py_XDECREF(again);
-    return result;
+    Block *b = (Block *)self;
+    return new_block(b->state, b->after, b->scope, b->hash, b->lasti, b->asked);
 }
 static PyObject *get_place(PyObject *self, void *Py_UNUSED(closure)) {
     Slot *slot = ((Block *)self)->slot;
+    check_fork(((Block *)self)->state);
     if (!slot) Py_RETURN_NONE;
     Slots *slots = slot->key->slots;
     return Py_BuildValue("Ond", slots->memory.obj, (Py_ssize_t)(slot - slots->rows), slot->entry);
 }
-
 /* ---- slots */
-
 static PyObject *new_slots(PyObject *module, PyObject *args) {
     State *state = state_of(module);
     PyObject *memory, *callback;
@@ -571,10 +536,7 @@ static PyObject *new_slots(PyObject *module, PyObject *args) {
     slots->first = first;
     slots->capacity = capacity;
     if (PyObject_GetBuffer(memory, &slots->memory, PyBUF_WRITABLE) < 0) goto failed;
-    if (first % 8 || capacity < 1 || first + capacity * SLOT_BYTES > slots->memory.len)
-        PyErr_SetString(PyExc_ValueError, "the slots are not within the page");
-    else if (!(slots->rows = calloc((size_t)capacity, sizeof *slots->rows))) PyErr_NoMemory();
-    if (!slots->rows) goto failed;
+    if (!(slots->rows = calloc((size_t)capacity, sizeof *slots->rows))) goto failed;
     slots->words = slots->memory.buf;
     slots->ring = Py_NewRef(callback);
     slots->next = state->all;
@@ -582,7 +544,7 @@ static PyObject *new_slots(PyObject *module, PyObject *args) {
     return (PyObject *)slots;
 failed:
     Py_DECREF((PyObject *)slots);
-    return NULL;
+    return PyErr_Occurred() ? NULL : PyErr_NoMemory();
 }
 /* Give a key a slot, its details written; NULL without an error: none is left. */
 static Slot *move_in(Key *key, PyObject *details) {
@@ -636,41 +598,27 @@ static PyObject *slots_arm(PyObject *self, PyObject *args) {
     if (arm(block, slot, task) < 0) return NULL;
     Py_RETURN_TRUE;
 }
-static PyObject *slots_close(PyObject *self, PyObject *Py_UNUSED(none)) {
-    Slots *slots = (Slots *)self;
-    check_fork(slots->state);
-    slots->closed = 1;
-    slots->state->epoch++;
-    for (Thread *thread = slots->state->threads; thread; thread = thread->next)
-        drop_keys(thread, slots);
-    Py_RETURN_NONE;
-}
 static void slots_dealloc(PyObject *self) {
     Slots *slots = (Slots *)self;
     PyTypeObject *type = Py_TYPE(self);
-    for (Slots **at = &slots->state->all; *at; at = &(*at)->next)
-        if (*at == slots) { *at = slots->next; break; }
+    Slots **at = &slots->state->all;
+    while (*at && *at != slots) at = &(*at)->next;
+    if (*at) *at = slots->next;
     Py_XDECREF(slots->ring);
     if (slots->memory.obj) PyBuffer_Release(&slots->memory);
     free(slots->rows);
     PyObject_Free(self);
     Py_DECREF((PyObject *)type);
 }
-
 /* ---- the module */
-
 static PyObject *use(PyObject *module, PyObject *hooks) {
-    PyObject *before = state_of(module)->hooks;
-    state_of(module)->hooks = Py_NewRef(hooks);
-    Py_XDECREF(before);
+    state_of(module)->hooks = Py_NewRef(hooks); /* once */
     Py_RETURN_NONE;
 }
 static PyObject *ask_asyncio(PyObject *module, PyObject *args) {
-    State *state = state_of(module);
-    if (state->running_loop) Py_RETURN_NONE;
+    State *state = state_of(module); /* once */
     if (!PyArg_ParseTuple(args, "OO", &state->running_loop, &state->current_task)) return NULL;
-    Py_INCREF(state->running_loop);
-    Py_INCREF(state->current_task);
+    Py_INCREF(args); /* and with them what it holds */
     Py_RETURN_NONE;
 }
 static PyObject *forget_keys(PyObject *module, PyObject *Py_UNUSED(none)) {
@@ -678,9 +626,8 @@ static PyObject *forget_keys(PyObject *module, PyObject *Py_UNUSED(none)) {
     Py_RETURN_NONE;
 }
 static PyObject *forks(PyObject *module, PyObject *Py_UNUSED(none)) {
-    State *state = state_of(module);
-    check_fork(state);
-    return PyLong_FromLong(state->forks);
+    check_fork(state_of(module));
+    return PyLong_FromLong(state_of(module)->forks);
 }
 static PyObject *end(PyObject *module, PyObject *Py_UNUSED(none)) {
     State *state = state_of(module);
@@ -691,7 +638,6 @@ static PyObject *end(PyObject *module, PyObject *Py_UNUSED(none)) {
             store(slot->words + DEADLINE, 0.0);
     Py_RETURN_NONE;
 }
-
 #define CALL(function) (PyCFunction)(void (*)(void))(function)
 static PyMethodDef block_methods[] = {
     {"__enter__", block_enter, METH_NOARGS, NULL},
@@ -699,7 +645,6 @@ static PyMethodDef block_methods[] = {
     {"__aenter__", block_aenter, METH_NOARGS, NULL},
     {"__aexit__", CALL(block_aexit), METH_FASTCALL, NULL},
     {"renew", CALL(block_renew), METH_FASTCALL | METH_KEYWORDS, NULL},
-    {"cancel", block_cancel, METH_NOARGS, NULL}, {"remaining", block_remaining, METH_NOARGS, NULL},
     {"again", block_again, METH_NOARGS, NULL}, {0}};
 static PyGetSetDef block_fields[] = {{"place", get_place, NULL, NULL, NULL}, {0}};
 #define MEMBER(name, type) {#name, type, offsetof(Block, name), READONLY, NULL}
@@ -708,15 +653,17 @@ static PyMemberDef block_members[] = {
     MEMBER(asked, T_OBJECT), MEMBER(other, T_OBJECT), {0}};
 static PyType_Slot block_slots[] = {
     {Py_tp_dealloc, block_dealloc}, {Py_tp_methods, block_methods}, {Py_tp_getset, block_fields},
-    {Py_tp_members, block_members}, {Py_tp_call, block_call}, {Py_am_await, block_await},
+    {Py_tp_members, block_members}, {Py_am_await, block_await},
     {Py_am_send, block_send}, {Py_tp_iter, block_await}, {Py_tp_iternext, block_next}, {0}};
 static PyType_Spec block_spec = {
     "hangwatch.Expiration", sizeof(Block), 0,
-    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION | Py_TPFLAGS_IMMUTABLETYPE, block_slots};
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, block_slots};
 static PyMethodDef slots_methods[] = {
-    {"arm", slots_arm, METH_VARARGS, NULL}, {"close", slots_close, METH_NOARGS, NULL}, {0}};
+    {"arm", slots_arm, METH_VARARGS, NULL}, {0}};
+static PyMemberDef slots_members[] = {{"closed", T_INT, offsetof(Slots, closed), 0, NULL}, {0}};
 static PyType_Slot slots_slots[] = {
-    {Py_tp_dealloc, slots_dealloc}, {Py_tp_methods, slots_methods}, {0}};
+    {Py_tp_dealloc, slots_dealloc}, {Py_tp_methods, slots_methods},
+    {Py_tp_members, slots_members}, {0}};
 static PyType_Spec slots_spec = {"hangwatch.worker._core.Slots", sizeof(Slots), 0,
     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots_slots};
 PyDoc_STRVAR(expires_doc,
@@ -741,11 +688,11 @@ static int exec(PyObject *module) {
     *state->token = 1;
     state->block_type = (PyTypeObject *)PyType_FromSpec(&block_spec);
     state->slots_type = (PyTypeObject *)PyType_FromSpec(&slots_spec);
-    state->lasti_name = PyUnicode_InternFromString("f_lasti");
-    state->after_name = PyUnicode_InternFromString("after");
-    state->scope_name = PyUnicode_InternFromString("scope");
-    if (!state->block_type || !state->slots_type || !state->lasti_name || !state->after_name ||
-        !state->scope_name || PyModule_AddIntConstant(module, "LAYOUT", LAYOUT) < 0) return -1;
+    if (!state->block_type || !state->slots_type ||
+        !(state->lasti_name = PyUnicode_InternFromString("f_lasti")) ||
+        !(state->after_name = PyUnicode_InternFromString("after")) ||
+        !(state->scope_name = PyUnicode_InternFromString("scope")) ||
+        PyModule_AddIntConstant(module, "LAYOUT", LAYOUT) < 0) return -1;
     return PyModule_AddObjectRef(module, "Expiration", (PyObject *)state->block_type);
 }
 static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, exec}, {0, NULL}};

@@ -52,17 +52,8 @@ if TYPE_CHECKING:
         def switches_within_a_thread(self) -> bool:
             """Tell whether this thread runs an event loop, or anything like it."""
 
-        def renew(self, block: Expiration, after: float | None = None) -> None:
+        def renew(self, block: Expiration, after: float | None) -> None:
             """Renew a block's timer, where that is more than to move a deadline."""
-
-        def cancel(self, block: Expiration) -> None:
-            """Let a block go on without a deadline."""
-
-        def remaining(self, block: Expiration) -> float:
-            """Return the seconds that a block has left."""
-
-        def decorate(self, function: Function, again: Callable[[], Expiration]) -> Function:
-            """Put a block around each call of a function."""
 
         def entered(self) -> Exception:
             """Return the error of who enters a block again."""
@@ -204,6 +195,9 @@ class Slots:
             whether it connected first, which is not the block's time.
         first: the byte at which the slots begin.
         capacity: how many there are.
+
+    Attributes:
+        closed: whether no slot is given out any more, and nobody rung for; what is armed stays so.
     """
 
     def __init__(
@@ -294,11 +288,6 @@ class Slots:
         if not self.closed:
             self._ring()
 
-    def close(self) -> None:
-        """Give no slot out any more, and ring no more; what is armed stays armed."""
-        self.closed = True
-        forget_keys()
-
     def forget_parent(self) -> None:
         """In a forked child: put private memory under every handle to the parent's page."""
         self.closed = True
@@ -385,10 +374,6 @@ class Expiration:
     def __reduce_ex__(self, protocol: object) -> Any:
         raise TypeError("cannot pickle 'hangwatch.Expiration' object")
 
-    def __call__(self, function: Function) -> Function:
-        """Decorate a function: each call is a block."""
-        return _hooks.decorate(function, self.again)
-
     def renew(self, after: float | None = None) -> None:
         """Give the open block another interval from now on: a heartbeat.
 
@@ -419,29 +404,13 @@ class Expiration:
         if not now < words[layout.WATCH_UNTIL] <= deadline:
             slot.slots.ring_again()
 
-    def cancel(self) -> None:
-        """Let the open block go on without a deadline; `renew` gives it one again.
+    if TYPE_CHECKING:  # see `use`
 
-        Raises:
-            HangwatchError: the block is not open.
-            UnsupportedError: the block's client can't do that.
-        """
-        if not _token[0]:
-            forget_parent()
-        _hooks.cancel(self)
+        def cancel(self) -> None: ...
 
-    def remaining(self) -> float:
-        """Return the seconds that the open block has left.
+        def remaining(self) -> float: ...
 
-        Negative once it has overrun, infinite without a deadline; it stands still while the
-        process is paused.
-
-        Raises:
-            HangwatchError: the block is not open.
-        """
-        if not _token[0]:
-            forget_parent()
-        return _hooks.remaining(self)
+        def __call__(self, function: Function) -> Function: ...
 
     def again(self) -> Expiration:
         """Return another object for the same block, which nobody has entered yet."""
@@ -475,6 +444,8 @@ class Expiration:
     @property
     def place(self) -> tuple[object, int, float] | None:
         """The page's memory, the slot's index and entry; None: none is armed."""
+        if not _token[0]:
+            forget_parent()
         slot = self._slot
         if slot is None or slot is _NONE:
             return None
@@ -615,7 +586,7 @@ def expires(
 
 
 def use(hooks: Hooks) -> None:
-    """Say who decides what is not plain."""
+    """Say who decides what is not plain. Called once."""
     global _hooks
     _hooks = hooks
 

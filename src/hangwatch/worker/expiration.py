@@ -75,14 +75,6 @@ class _Hooks:
         return tasks.current_task() != 0.0
 
     renew = staticmethod(handle.renew)
-    cancel = staticmethod(handle.cancel)
-    remaining = staticmethod(handle.remaining)
-
-    @staticmethod
-    def decorate(function: Function, again: Callable[[], Expiration]) -> Function:
-        from hangwatch.worker.decorated import decorate  # takes long
-
-        return decorate(function, again)
 
     @staticmethod
     def entered() -> HangwatchError:
@@ -194,6 +186,22 @@ def watch(
     return Watched(iterable, _block(limit, scope, asked).again)
 
 
+def _decorate(block: Expiration, function: Function) -> Function:
+    """Decorate a function: each call is a block.
+
+    Args:
+        block: what is done anew for each call.
+        function: a function, a coroutine function, a generator or an async generator; the
+            timer of a generator runs only while it is at work on its next item.
+
+    Raises:
+        TypeError: it is none of these: the caller's fault.
+    """
+    from hangwatch.worker.decorated import decorate  # takes long
+
+    return decorate(function, block.again)
+
+
 def _after_fork() -> None:
     """In a forked child: touch nothing of the parent's, and start anew."""
     hooks.forget_parent()
@@ -221,6 +229,10 @@ forget_keys = core.forget_keys
 
 hooks = _Hooks()
 core.use(hooks)
+# The same for either core: nothing of it needs to be quick.
+core.Expiration.cancel = handle.cancel
+core.Expiration.remaining = handle.remaining
+core.Expiration.__call__ = _decorate
 os.register_at_fork(after_in_child=_after_fork)
 atexit.register(core.end)
 if problem is not None:

@@ -31,7 +31,12 @@ def renew(block: Expiration, after: float | None = None) -> None:
 
 
 def cancel(block: Expiration) -> None:
-    """Let an open block go on without a deadline; see `Expiration.cancel`."""
+    """Let the open block go on without a deadline; `renew` gives it one again.
+
+    Raises:
+        HangwatchError: the block is not open.
+        UnsupportedError: the block's client can't do that.
+    """
     own = _own_way(block, "cancel")
     if own is not None:
         own()
@@ -42,7 +47,14 @@ def cancel(block: Expiration) -> None:
 
 
 def remaining(block: Expiration) -> float:
-    """Return the seconds that an open block has left; see `Expiration.remaining`."""
+    """Return the seconds that the open block has left.
+
+    Negative once it has overrun, infinite without a deadline; it stands still while the
+    process is paused.
+
+    Raises:
+        HangwatchError: the block is not open.
+    """
     own = _own_way(block, "remaining")
     if own is not None:
         left: float = own()

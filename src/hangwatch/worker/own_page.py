@@ -78,7 +78,8 @@ class OwnPage:
 
     def close(self) -> None:
         """Give no slot out any more, and let go of the descriptor."""
-        self.slots.close()
+        self.slots.closed = True
+        core.forget_keys()
         self.descriptor.close()
 
 
