@@ -14,11 +14,11 @@ import weakref
 from math import isfinite
 
 from hangwatch.policy import NOTHING_CHOSEN, OnExpiry, Policy, decide
+from hangwatch.timer._acquired import Acquired
 from hangwatch.timer._built_in_client import BuiltInClient
 from hangwatch.timer._overrides import is_overridden, remember
 from hangwatch.timer._replacing import Open, ReplacingBlock
 from hangwatch.timer._requested import Requested, RequestedBlock
-from hangwatch.worker.acquired import Acquired
 from hangwatch.worker.arguments import NOTHING_ASKED, Asked
 from hangwatch.worker.client import WorkerClient
 from hangwatch.worker.expiration import forget_keys, timer

@@ -9,7 +9,7 @@ from __future__ import annotations
 from time import monotonic
 
 from hangwatch.page import layout
-from hangwatch.worker.acquired import Holder, holder
+from hangwatch.timer._acquired import Holder, holder
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from math import inf, nan
 
 from hangwatch.policy import OnExpiry
-from hangwatch.worker.acquired import Holder, holder
+from hangwatch.timer._acquired import Holder, holder
 from hangwatch.worker.blocks import no_end
 from hangwatch.worker.warnings import warn
 

@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hangwatch.timer._acquired import Acquired
 from hangwatch.timer._built_in_client import BuiltInClient
 from hangwatch.timer._overrides import is_overridden, remember
-from hangwatch.worker.acquired import Acquired
 from hangwatch.worker.arguments import NOTHING_ASKED
 from hangwatch.worker.client import (
     ADDRESS_VARIABLE,

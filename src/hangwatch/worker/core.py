@@ -247,9 +247,9 @@ class Slots:
         key: Hashable = block._key if quiet else (block._key, id(self))
         home = homes.get(key)
         if home is None or home.slots is not self:
-            if len(homes) >= _MOST_KEYS:
+            if home is not None or len(homes) >= _MOST_KEYS:
                 thread.forget_keys(for_good=True)
-            homes[key] = home = _Home(self, (block._scope, block._asked))
+            homes[key] = home = _Home(self, (block.scope, block.asked))
         try:
             slot = home.pop()
         except IndexError:
@@ -323,15 +323,16 @@ class Expiration:
     One object is one block: it is entered once, and may be left in another thread or task.
     """
 
-    __slots__ = ("__weakref__", "_asked", "_awaited", "_key", "_other", "_scope", "_slot")
+    __slots__ = ("__weakref__", "_key", "_slot", "asked", "other", "scope")
 
-    # Set by `block`; an __init__ would cost as much as all the rest of it.
-    _asked: tuple[object, ...] | None
-    _awaited: Expiration | None
-    _key: tuple[Hashable, ...]
-    _other: Any
-    _scope: str | CodeType
+    # Set by `expires`; an __init__ would cost as much as all the rest of it.
+    _key: tuple[Any, int, float, Hashable]
+    """The scope, or the id of its code; see `block`."""
     _slot: Slot | None
+    asked: tuple[object, ...] | None
+    other: Any
+    """What `Hooks.enter` returned."""
+    scope: str | CodeType
 
     def __enter__(self) -> Expiration:
         if self._slot is not None:
@@ -345,7 +346,7 @@ class Expiration:
         except (KeyError, IndexError):
             self._slot = _NONE
             try:
-                self._other = _hooks.enter(self)
+                self.other = _hooks.enter(self)
             except BaseException:
                 self._disarm()
                 self._slot = None
@@ -355,11 +356,11 @@ class Expiration:
         return self
 
     def __exit__(self, kind: object = None, error: object = None, traceback: object = None) -> None:
-        other = self._other
+        other = self.other
         if other is None:
             self._disarm(left=True)
             return
-        self._other = None
+        self.other = None
         try:
             other.exit(kind, error, traceback)
         finally:
@@ -388,7 +389,7 @@ class Expiration:
         slot = self._slot
         if not _token[0]:
             forget_parent()
-        if after is not None or slot is None or slot is _NONE or self._other is not None:
+        if after is not None or slot is None or slot is _NONE or self.other is not None:
             _hooks.renew(self, after)
             return
         words, at = slot.words, slot.at
@@ -414,32 +415,17 @@ class Expiration:
 
     def again(self) -> Expiration:
         """Return another object for the same block, which nobody has entered yet."""
-        return _block(self._key, self._scope, self._asked)
+        return block(self.after, self.scope, self.lasti, self.asked)
 
     @property
     def after(self) -> float:
-        """The limit in seconds."""
-        return self._key[2]  # type: ignore[return-value]
-
-    @property
-    def scope(self) -> str | CodeType:
-        """The name, or the code that called `expires` without one."""
-        return self._scope
+        """See `block`."""
+        return self._key[2]
 
     @property
     def lasti(self) -> int:
-        """The instruction of that code; -1 if there is a name."""
-        return self._key[1]  # type: ignore[return-value]
-
-    @property
-    def asked(self) -> tuple[object, ...] | None:
-        """What else the caller chose."""
-        return self._asked
-
-    @property
-    def other(self) -> Any:
-        """What `Hooks.enter` returned."""
-        return self._other
+        """See `block`."""
+        return self._key[1]
 
     @property
     def place(self) -> tuple[object, int, float] | None:
@@ -527,17 +513,6 @@ class _Asyncio:
         return 0.0 if loop is None else float(id(cls.current_task(loop)))
 
 
-def _block(
-    key: tuple[Hashable, ...], scope: str | CodeType, asked: tuple[object, ...] | None
-) -> Expiration:
-    block = Expiration()
-    block._key = key
-    block._scope = scope
-    block._asked = asked
-    block._slot = block._other = None
-    return block
-
-
 def block(
     after: float, scope: str | CodeType, lasti: int, asked: tuple[object, ...] | None
 ) -> Expiration:
@@ -552,7 +527,12 @@ def block(
     what = scope if lasti < 0 else id(scope)
     # As in C: no code of theirs runs where a block is looked up.
     choice = None if asked is None else tuple(map(id, asked))
-    return _block((what, lasti, after, choice), scope, asked)
+    made = Expiration()
+    made._key = what, lasti, after, choice
+    made.scope = scope
+    made.asked = asked
+    made._slot = made.other = None
+    return made
 
 
 def expires(
@@ -576,12 +556,12 @@ def expires(
     made = _new()
     if scope is None:
         frame = _frame(1)
-        made._scope = code = frame.f_code
+        made.scope = code = frame.f_code
         made._key = id(code), frame.f_lasti, float(after), None
     else:
-        made._scope = scope
+        made.scope = scope
         made._key = scope, -1, float(after), None
-    made._slot = made._other = made._asked = None
+    made._slot = made.other = made.asked = None
     return made
 
 
