@@ -405,13 +405,13 @@ class Expiration:
         if not now < words[layout.WATCH_UNTIL] <= deadline:
             slot.slots.ring_again()
 
-    if TYPE_CHECKING:  # see `use`
+    cancel: Callable[[], None]
+    """See `handle.cancel`; it, and what follows, is the same for either core."""
+    remaining: Callable[[], float]
+    """See `handle.remaining`."""
+    if TYPE_CHECKING:
 
-        def cancel(self) -> None: ...
-
-        def remaining(self) -> float: ...
-
-        def __call__(self, function: Function) -> Function: ...
+        def __call__(self, function: Function) -> Function: ...  # noqa: D102
 
     def again(self) -> Expiration:
         """Return another object for the same block, which nobody has entered yet."""
