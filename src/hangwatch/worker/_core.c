@@ -163,32 +163,17 @@ static void thread_ends(PyObject *capsule) {
     free_if_done(thread);
 }
 static Thread *find_thread(State *state) {
-<<<<<<< Updated upstream
-    PyObject *dict = PyThreadState_GetDict(); /* this interpreter's */
-    PyObject *capsule = dict ? PyDict_GetItemString(dict, CAPSULE) : NULL;
+    PyObject *dict = PyThreadState_GetDict(), *name = (PyObject *)state->block_type;
+    PyObject *capsule = dict ? PyDict_GetItem(dict, name) : NULL; /* this interpreter's, ours */
     if (capsule) return this_thread = PyCapsule_GetPointer(capsule, CAPSULE);
     Thread *thread = dict ? PyMem_Calloc(1, sizeof *thread) : NULL;
-=======
-    PyObject *dict = PyThreadState_GetDict(), *capsule;
-    if (!dict) { PyErr_SetString(PyExc_RuntimeError, "this thread has no state"); return NULL; }
-    PyObject *name = (PyObject *)state->block_type; /* this module's, if it is loaded twice */
-    if ((capsule = PyDict_GetItem(dict, name)))
-        return this_thread = PyCapsule_GetPointer(capsule, CAPSULE);
-    Thread *thread = PyMem_Calloc(1, sizeof *thread);
->>>>>>> Stashed changes
     if (!thread) { PyErr_NoMemory(); return NULL; }
     thread->state = state;
     thread->next = state->threads;
     state->threads = thread;
-<<<<<<< Updated upstream
     capsule = PyCapsule_New(thread, CAPSULE, thread_ends);
-    int failed = !capsule || PyDict_SetItemString(dict, CAPSULE, capsule) < 0;
+    int failed = !capsule || PyDict_SetItem(dict, name, capsule) < 0;
     Py_XDECREF(capsule);
-=======
-    if (!(capsule = PyCapsule_New(thread, CAPSULE, thread_ends))) return NULL;
-    int failed = PyDict_SetItem(dict, name, capsule);
-    Py_DECREF(capsule);
->>>>>>> Stashed changes
     return failed ? NULL : (this_thread = thread);
 }
 /* Whether two callers chose the same: policies are interned, so no code of theirs runs here. */
