@@ -611,8 +611,14 @@ static void slots_dealloc(PyObject *self) {
     Py_DECREF((PyObject *)type);
 }
 /* ---- the module */
-static PyObject *use(PyObject *module, PyObject *hooks) {
-    state_of(module)->hooks = Py_NewRef(hooks); /* once */
+static char expires_doc[4096] = "expires($module, /, after, scope=None, client=None, on_expiry=None, "
+    "grace=None, signal=None, raises=None)\n--\n\n"; /* then what `use` is given */
+static PyObject *use(PyObject *module, PyObject *args) {
+    State *state = state_of(module);
+    const char *text;
+    if (!PyArg_ParseTuple(args, "Oz:use", &state->hooks, &text)) return NULL;
+    Py_INCREF(state->hooks); /* once */
+    if (text && !strstr(expires_doc, text)) strncat(expires_doc, text, 4095 - strlen(expires_doc));
     Py_RETURN_NONE;
 }
 static PyObject *ask_asyncio(PyObject *module, PyObject *args) {
@@ -666,13 +672,10 @@ static PyType_Slot slots_slots[] = {
     {Py_tp_members, slots_members}, {0}};
 static PyType_Spec slots_spec = {"hangwatch.worker._core.Slots", sizeof(Slots), 0,
     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots_slots};
-PyDoc_STRVAR(expires_doc,
-"expires($module, /, after, scope=None, client=None, on_expiry=None, grace=None, signal=None,\n"
-"        raises=None)\n--\n\n");
 static PyMethodDef functions[] = {
     {"expires", CALL(expires), METH_FASTCALL | METH_KEYWORDS, expires_doc},
     {"block", block_of, METH_VARARGS, NULL}, {"Slots", new_slots, METH_VARARGS, NULL},
-    {"use", use, METH_O, NULL}, {"ask_asyncio", ask_asyncio, METH_VARARGS, NULL},
+    {"use", use, METH_VARARGS, NULL}, {"ask_asyncio", ask_asyncio, METH_VARARGS, NULL},
     {"forget_keys", forget_keys, METH_NOARGS, NULL}, {"forks", forks, METH_NOARGS, NULL},
     {"end", end, METH_NOARGS, NULL}, {0}};
 static int exec(PyObject *module) {

@@ -544,7 +544,7 @@ def expires(
     _is_finite: Callable[[float], bool] = isfinite,
     **named: Any,
 ) -> Expiration:
-    """See `Hooks.declare`. What it needs is at hand: it is called at the interpreter's end, too."""
+    # What it needs is at hand: it is called at the interpreter's end, too.
     if (
         more
         or named
@@ -565,10 +565,12 @@ def expires(
     return made
 
 
-def use(hooks: Hooks) -> None:
-    """Say who decides what is not plain. Called once."""
+def use(hooks: Hooks, description: str | None) -> None:
+    """Say who decides what is not plain, and what `help` says of `expires`. Called once."""
     global _hooks
     _hooks = hooks
+    expires.__doc__ = description
+    expires.__wrapped__ = hooks.declare  # type: ignore[attr-defined]  # it has the signature
 
 
 def ask_asyncio(

@@ -33,6 +33,52 @@ else:
     Expiration = core.Expiration
 
 
+def expires(
+    after: float,
+    scope: str | None = None,
+    client: ContractClient | None = None,
+    on_expiry: str | None = None,
+    grace: float | None = None,
+    signal: int | None = None,
+    raises: type[BaseException] | None = None,
+) -> Expiration:
+    """Declare that a block, a function or a generator's step takes at most `after` seconds.
+
+    A worker whose block overruns is ended by the watcher, another process, even if the
+    block hangs in C with the GIL held. Blocks are independent of each other: nested,
+    recursive, in many threads, and in many tasks.
+
+    Args:
+        after: seconds from entering the block, more than 0.
+        scope: the block's name in reports; ``<file>#<line>`` of the caller by default.
+        client: who acquires the timer, if not the one that `configure` set or the
+            environment's ``HANGWATCH_ADDRESS`` names.
+        on_expiry: what an overrun leads to, if not what the watcher says: ``"report"``, a
+            report alone; ``"raise"``, `TimerExpired` within the block, and the worker's end if
+            it does not leave the block in time; ``"reap"``, the worker's end.
+        grace: seconds that the worker has after each step before SIGKILL, 0 or more.
+        signal: number of the signal that is sent first.
+        raises: the exception that is raised in the place of `TimerExpired`, which is then its
+            ``__cause__``; implies ``on_expiry="raise"``.
+
+    Returns:
+        The context manager, and decorator. One object is one block: it is entered once. What
+        it decorates gets a new one for each call.
+
+    Raises:
+        ValueError: `after` is not positive and finite, `scope` is empty, or one of the rest
+            is none of what it may be.
+        TypeError: `after` is no number, `scope` no string, `client` no client, `raises` no
+            exception class.
+
+    Entering raises `NotConfiguredError` if nobody said who watches, `UnsupportedError` if the
+    client can only acquire and release, and `HangwatchError` if the object was entered before.
+    """
+    limit = arguments.checked_limit(after)
+    asked = arguments.checked_asked(client, on_expiry, grace, signal, raises)
+    return _block(limit, scope, asked)
+
+
 class _Hooks:
     """What the core asks; see `core.Hooks`."""
 
@@ -40,19 +86,7 @@ class _Hooks:
         self._asks_asyncio = False
         self._forks = 0
 
-    @staticmethod
-    def declare(
-        after: float,
-        scope: str | None = None,
-        client: ContractClient | None = None,
-        on_expiry: str | None = None,
-        grace: float | None = None,
-        signal: int | None = None,
-        raises: type[BaseException] | None = None,
-    ) -> Expiration:
-        limit = arguments.checked_limit(after)
-        asked = arguments.checked_asked(client, on_expiry, grace, signal, raises)
-        return _block(limit, scope, asked)
+    declare = staticmethod(expires)
 
     def enter(self, block: Expiration) -> Other | None:
         if core.forks() != self._forks:  # a fork that Python did not see
@@ -208,31 +242,17 @@ def _after_fork() -> None:
     client.forget_parent()
 
 
-if TYPE_CHECKING:
-
-    def expires(
-        after: float,
-        scope: str | None = None,
-        client: ContractClient | None = None,
-        on_expiry: str | None = None,
-        grace: float | None = None,
-        signal: int | None = None,
-        raises: type[BaseException] | None = None,
-    ) -> Expiration:
-        """Declare a block."""
-
-else:
-    expires = core.expires
-
 forget_keys = core.forget_keys
 """Make every thread ask again: another client, or other methods of one."""
 
 hooks = _Hooks()
-core.use(hooks)
+core.use(hooks, expires.__doc__)
 # The same for either core: nothing of it needs to be quick.
 core.Expiration.cancel = handle.cancel
 core.Expiration.remaining = handle.remaining
 core.Expiration.__call__ = _decorate
+if not TYPE_CHECKING:  # the same, and quick where nothing but a limit and a name is given
+    expires = core.expires
 os.register_at_fork(after_in_child=_after_fork)
 atexit.register(core.end)
 if problem is not None:
