@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import decimal
+import inspect
 import math
 import os
 import pickle
+import pydoc
 import subprocess
 import sys
 import time
@@ -16,7 +18,10 @@ import pytest
 
 import hangwatch
 from hangwatch.page import layout
+from hangwatch.worker import expiration
 from support.pages import quiet_page
+
+pytestmark = pytest.mark.core
 
 
 class Recorder(hangwatch.TimerClient):
@@ -37,51 +42,156 @@ class Recorder(hangwatch.TimerClient):
 BOTH = [("acquire", "x"), ("release", "x")]
 
 
+# -- arguments: what is wrong with them is said when `expires` is called
+
+
 @pytest.mark.parametrize("after", [0, -1, 0.0, math.nan, math.inf, -math.inf, 10**400])
 def test_after_must_be_positive_and_finite(after: float) -> None:
-    with (
-        quiet_page(),
-        pytest.raises(ValueError, match="positive and finite"),
-        hangwatch.expires(after),
-    ):
-        pass
+    with pytest.raises(ValueError, match="positive and finite"):
+        hangwatch.expires(after)
 
 
 @pytest.mark.parametrize("after", ["1", b"1", None, [], object()])
 def test_after_must_be_a_number(after: float) -> None:
-    with (
-        quiet_page(),
-        pytest.raises(TypeError, match="number of seconds"),
-        hangwatch.expires(after),
-    ):
-        pass
+    with pytest.raises(TypeError, match="number of seconds"):
+        hangwatch.expires(after)
 
 
 @pytest.mark.parametrize("after", [1, 0.5, True, decimal.Decimal("1.5"), 1e-9, 1e12])
 def test_after_may_be_any_number(after: float) -> None:
-    with quiet_page() as client, hangwatch.expires(after, "x"):
+    with quiet_page() as client, hangwatch.expires(after, "x") as timer:
         assert client.armed() == {"x": 1}
+        assert timer.after == float(after)
+
+
+def test_after_is_read_once() -> None:
+    class Tensor:
+        value = 60.0
+
+        def __float__(self) -> float:
+            return self.value
+
+    after: Any = Tensor()
+    block, step = hangwatch.expires(after, "x"), hangwatch.expires(after, "x")
+    after.value = -1.0
+    with quiet_page() as client:
+
+        @step
+        def work() -> dict[str, int]:
+            return client.armed()
+
+        with block as timer:
+            assert 0 < timer.remaining() <= 60
+            after.value = 1e6
+            timer.renew()
+            assert 0 < timer.remaining() <= 60
+        assert work() == {"x": 1}
 
 
 def test_scope_must_be_a_name() -> None:
-    with quiet_page():
-        with pytest.raises(ValueError, match="must not be empty"), hangwatch.expires(1, ""):
-            pass
-        scopes: tuple[Any, ...] = (5, b"x", ("a", 1), [])
-        for scope in scopes:
-            with (
-                pytest.raises(TypeError, match="must be a string"),
-                hangwatch.expires(1, scope),
-            ):
-                pass
+    with pytest.raises(ValueError, match="must not be empty"):
+        hangwatch.expires(1, "")
+    scopes: tuple[Any, ...] = (5, b"x", ("a", "b"), ["a"], {"a": 1}, object())
+    for scope in scopes:
+        with pytest.raises(TypeError, match="must be a string"):
+            hangwatch.expires(1, scope)
+        with pytest.raises(TypeError, match="must be a string"):
+            hangwatch.watch([1], 1, scope)
+
+
+def test_a_scope_with_a_nul_is_not_cut_there() -> None:
+    with quiet_page() as client, hangwatch.expires(60, "rank\0 1"):
+        (name,) = client.armed()
+    assert name == "rank\\0 1"
+
+
+def test_a_scope_may_be_of_a_subclass() -> None:
+    class Name(str):
+        def __hash__(self) -> int:
+            raise AssertionError("nobody asks")
+
+        def __eq__(self, other: object) -> bool:
+            raise AssertionError("nobody asks")
+
+    with quiet_page() as client:
+        for _ in range(2):
+            with hangwatch.expires(60, Name("name")):
+                assert client.armed() == {"name": 1}
+
+
+def test_a_client_must_be_one() -> None:
+    client: Any = "localhost"
+    with pytest.raises(TypeError, match="acquire"):
+        hangwatch.expires(1, client=client)
+    with pytest.raises(TypeError, match="acquire"):
+        hangwatch.paused("upload", 1, client)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "says"),
+    [
+        ({"on_expiry": "kill"}, ValueError, "on_expiry"),
+        ({"grace": -1}, ValueError, "grace"),
+        ({"grace": "1"}, TypeError, "grace"),
+        ({"signal": 65}, ValueError, "signal"),
+        ({"raises": "TimeoutError"}, TypeError, "must be an exception class"),
+        ({"raises": TimeoutError()}, TypeError, "must be an exception class"),
+        ({"raises": int}, TypeError, "must be an exception class"),
+        ({"raises": TimeoutError, "on_expiry": "report"}, ValueError, "goes with on_expiry"),
+        ({"raises": TimeoutError, "on_expiry": "reap"}, ValueError, "goes with on_expiry"),
+        ({"unknown": 1}, TypeError, "unknown"),
+    ],
+    ids=str,
+)
+def test_what_an_overrun_leads_to_is_checked(
+    wrong: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        hangwatch.expires(60, **wrong)
+    with pytest.raises(error, match=says):
+        hangwatch.watch([], 60, **wrong)
+
+
+def test_raises_alone_means_raise() -> None:
+    with quiet_page() as client:
+        for choices in ({}, {"on_expiry": "raise"}):
+            with hangwatch.expires(60, "x", raises=TimeoutError, **choices):  # type: ignore[arg-type]
+                reader = client.reader()
+                (slot,) = reader.armed()
+                assert reader.read_details(slot.index).policy.on_expiry == "raise"
+                reader.close()
 
 
 def test_a_bad_block_is_bad_even_after_a_good_one_of_its_scope() -> None:
     with quiet_page():
         with hangwatch.expires(1, "x"):
             pass
-        with pytest.raises(ValueError, match="positive"), hangwatch.expires(-1, "x"):
-            pass
+        with pytest.raises(ValueError, match="positive"):
+            hangwatch.expires(-1, "x")
+
+
+def test_it_has_a_signature_and_a_description() -> None:
+    declared = inspect.signature(expiration._Hooks.declare)
+    signature = inspect.signature(hangwatch.expires)
+    assert [(one.name, one.default, one.kind) for one in signature.parameters.values()] == [
+        (one.name, one.default, one.kind) for one in declared.parameters.values()
+    ]
+    shown = pydoc.plain(pydoc.render_doc(hangwatch.expires))
+    assert hangwatch.expires.__name__ == "expires"
+    assert "expires(after" in shown
+    assert "raises" in str(signature)
+    for part in (
+        "takes at most `after` seconds",
+        "Args:",
+        "more than 0",
+        "Raises:",
+        "entered once",
+    ):
+        assert part in shown
+    assert hangwatch.expires.__doc__ == expiration._Hooks.declare.__doc__, "all of it"
+
+
+# -- blocks
 
 
 def test_default_scope_is_the_callers_file_and_line() -> None:
@@ -122,6 +232,26 @@ def test_the_body_s_exception_propagates_and_disarms() -> None:
         assert client.armed() == {}
 
 
+def test_an_exception_without_a_truth_value_is_not_replaced() -> None:
+    class AmbiguousError(Exception):
+        def __bool__(self) -> bool:
+            raise RuntimeError("the truth value of an array is ambiguous")
+
+    @hangwatch.expires(60, "decorated")
+    def fail() -> None:
+        raise AmbiguousError
+
+    with quiet_page() as client:
+        for _ in range(2):
+            with pytest.raises(AmbiguousError), hangwatch.expires(60, "with"):
+                raise AmbiguousError
+            with pytest.raises(AmbiguousError):
+                fail()
+            with pytest.raises(AmbiguousError), hangwatch.paused("pause", 60):
+                raise AmbiguousError
+        assert client.armed() == {}
+
+
 def test_without_an_address_the_error_names_the_three_ways_out() -> None:
     with pytest.raises(hangwatch.NotConfiguredError) as caught, hangwatch.expires(1):
         pass
@@ -138,8 +268,6 @@ def test_off_makes_a_block_a_no_op(monkeypatch: pytest.MonkeyPatch) -> None:
             time.sleep(0.002)
             ran += 1
     assert ran == 3
-    with pytest.raises(ValueError, match="positive"), hangwatch.expires(0):
-        pass
 
 
 def test_configure_none_wins_over_the_environment() -> None:
@@ -160,15 +288,23 @@ def test_configure_wants_a_client() -> None:
 def test_a_client_of_ones_own_is_called_once_a_block(given: str) -> None:
     client = Recorder()
     hangwatch.configure(client if given == "configured" else None)
-    block = hangwatch.expires(5, "x", client=client if given == "explicit" else None)
-    before = time.time()
-    with block:
-        assert client.calls == BOTH[:1]
-    assert client.calls == BOTH
-    assert before + 5 <= client.expiration <= time.time() + 5
-    with block:
-        pass
-    assert client.calls == BOTH * 2
+
+    @hangwatch.expires(5, "x", client=client if given == "explicit" else None)
+    def work() -> None:
+        assert client.calls[-1] == BOTH[0]
+
+    for count in (1, 2):
+        before = time.time()
+        work()
+        assert client.calls == BOTH * count
+        assert before + 5 <= client.expiration <= time.time() + 5
+
+
+def test_only_leaving_releases_what_a_client_of_ones_own_acquired() -> None:
+    client = Recorder()
+    block = hangwatch.expires(5, "x", client=client).__enter__()
+    del block
+    assert client.calls == BOTH[:1], "as its author expects: each is called once a block, by `with`"
 
 
 def test_a_body_s_exception_wins_over_a_failing_release() -> None:

@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from functools import partial
-from math import inf, isfinite
+from math import inf
 from struct import Struct
 from time import monotonic
 from weakref import WeakValueDictionary, ref
@@ -541,15 +541,16 @@ def expires(
     *more: Any,
     _new: type[Expiration] = Expiration,
     _frame: Callable[[int], FrameType] = sys._getframe,
-    _is_finite: Callable[[float], bool] = isfinite,
+    _largest: float = sys.float_info.max,
     **named: Any,
 ) -> Expiration:
+    """See `hangwatch.worker.expiration.expires`, whose docstring this gets."""
     # What it needs is at hand: it is called at the interpreter's end, too.
     if (
         more
         or named
         or type(after) not in (float, int)
-        or not (after > 0 and _is_finite(after))
+        or not 0 < after <= _largest
         or not (scope is None or (type(scope) is str and scope))
     ):
         return _hooks.declare(after, scope, *more, **named)
