@@ -86,7 +86,7 @@ typedef struct {
 struct State {
     PyTypeObject *block_type, *slots_type;
     PyObject *hooks; /* what Python decides: core.Hooks */
-    PyObject *lasti_name, *after_name, *scope_name, *running_loop, *current_task;
+    PyObject *lasti_name, *after_name, *scope_name, *running_loop, *tasks;
     Block *spare;
     long spares, epoch, forks, ended;
     volatile char *token; /* 1; the kernel makes it 0 in every forked child */
@@ -227,9 +227,11 @@ static double task_of_thread(State *state) {
     double task = 0.0;
     PyObject *loop = PyObject_CallNoArgs(state->running_loop);
     if (loop && loop != Py_None) {
-        PyObject *found = PyObject_CallFunctionObjArgs(state->current_task, loop, NULL);
-        task = (double)(uintptr_t)found; /* None, too: in a loop, but in no task */
-        Py_XDECREF(found);
+        int is_dict = PyDict_CheckExact(state->tasks);
+        PyObject *found = is_dict ? PyDict_GetItemWithError(state->tasks, loop)
+                                  : PyObject_CallFunctionObjArgs(state->tasks, loop, NULL);
+        task = (double)(uintptr_t)(found ? found : Py_None); /* in a loop, but in no task */
+        if (!is_dict) Py_XDECREF(found);
     }
     Py_XDECREF(loop);
     PyErr_Clear();
@@ -623,7 +625,7 @@ static PyObject *use(PyObject *module, PyObject *args) {
 }
 static PyObject *ask_asyncio(PyObject *module, PyObject *args) {
     State *state = state_of(module); /* once */
-    if (!PyArg_ParseTuple(args, "OO", &state->running_loop, &state->current_task)) return NULL;
+    if (!PyArg_ParseTuple(args, "OO", &state->running_loop, &state->tasks)) return NULL;
     Py_INCREF(args); /* and with them what it holds */
     Py_RETURN_NONE;
 }

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from types import CodeType, FrameType
     from typing import Any, Protocol, TypeVar
 
+    from hangwatch.worker.tasks import Tasks
+
     Function = TypeVar("Function", bound=Callable[..., Any])
 
     class Hooks(Protocol):
@@ -502,15 +504,15 @@ class _Asyncio:
     """What asyncio says of this thread, as soon as we have seen it imported."""
 
     running_loop: Callable[[], object] | None = None
-    current_task: Callable[[object], object] | None = None
+    task_of: Callable[[object], object]
 
     @classmethod
     def task(cls) -> float:
         """Return the identity of the task that runs in this thread; 0.0: no loop runs."""
-        if cls.running_loop is None or cls.current_task is None:
+        if cls.running_loop is None:
             return 0.0
         loop = cls.running_loop()
-        return 0.0 if loop is None else float(id(cls.current_task(loop)))
+        return 0.0 if loop is None else float(id(cls.task_of(loop)))
 
 
 def block(
@@ -574,11 +576,9 @@ def use(hooks: Hooks, description: str | None) -> None:
     expires.__wrapped__ = hooks.declare  # type: ignore[attr-defined]  # it has the signature
 
 
-def ask_asyncio(
-    running_loop: Callable[[], object], current_task: Callable[[object], object]
-) -> None:
-    """Say how to find out which task of asyncio's runs."""
-    _Asyncio.current_task = staticmethod(current_task)
+def ask_asyncio(running_loop: Callable[[], object], tasks: Tasks) -> None:
+    """Say how to find out which task of asyncio's runs; see `asyncio_state`. Called once."""
+    _Asyncio.task_of = staticmethod(tasks.get if isinstance(tasks, dict) else tasks)
     _Asyncio.running_loop = staticmethod(running_loop)
 
 

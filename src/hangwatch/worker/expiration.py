@@ -92,7 +92,7 @@ class _Hooks:
         if core.forks() != self._forks:  # a fork that Python did not see
             _after_fork()
         if not self._asks_asyncio:
-            functions = tasks.asyncio_functions()
+            functions = tasks.asyncio_state()
             if functions is not None:
                 core.ask_asyncio(*functions)
                 self._asks_asyncio = True

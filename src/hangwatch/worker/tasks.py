@@ -4,37 +4,37 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import BuiltinFunctionType
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
     from typing import Any
 
+    Tasks = dict[object, object] | Callable[[object], object]
+    """An event loop's current task, by the loop."""
 
-def asyncio_functions() -> tuple[Callable[[], object], Callable[[object], object]] | None:
-    """Return what tells this thread's running loop, and that loop's task; None: not imported.
 
-    Both are C code: what Python code would do, a block would pay for at each entry.
+def asyncio_state() -> tuple[Callable[[], object], Tasks] | None:
+    """Return what tells this thread's running loop, and what tells the loops' tasks.
+
+    The first is C code, and so is the second, or else a dict: a block asks both at each entry.
+    None: asyncio is not imported.
     """
-    events = sys.modules.get("asyncio.events")
-    tasks = sys.modules.get("asyncio.tasks")
+    events, tasks = sys.modules.get("asyncio.events"), sys.modules.get("asyncio.tasks")
     running_loop = getattr(events, "_get_running_loop", None)
-    current_task: Any = getattr(tasks, "current_task", None)
-    if running_loop is None or current_task is None:
-        return None
-    if isinstance(current_task, BuiltinFunctionType):
-        return running_loop, current_task
-    by_loop: Any = getattr(tasks, "_current_tasks", None)  # CPython 3.11
-    return running_loop, (current_task if by_loop is None else by_loop.get)
+    # Since CPython 3.14 there is no dict of them, and a function in C.
+    by_loop = getattr(tasks, "_current_tasks", None)
+    known: Any = by_loop if type(by_loop) is dict else getattr(tasks, "current_task", None)
+    return None if running_loop is None or known is None else (running_loop, known)
 
 
 def current_task() -> float:
     """Return the identity of the task, of asyncio or trio, or of the greenlet; 0.0: of none."""
-    functions = asyncio_functions()
-    if functions is not None:
-        loop = functions[0]()
+    asyncio = asyncio_state()
+    if asyncio is not None:
+        loop = asyncio[0]()
         if loop is not None:
-            return float(id(functions[1](loop)))
+            known = asyncio[1]
+            return float(id(known.get(loop) if isinstance(known, dict) else known(loop)))
     trio = sys.modules.get("trio")
     if trio is not None:
         try:
