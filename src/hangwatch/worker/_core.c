@@ -54,6 +54,7 @@ struct Thread {
     Key *table[BUCKETS];
     State *state;
     Slot *newest;
+    PyObject *kept, *loop; /* see task_of_thread */
     double order;
     long keys, epoch, dead;
     Thread *next;
@@ -86,7 +87,7 @@ typedef struct {
 struct State {
     PyTypeObject *block_type, *slots_type;
     PyObject *hooks; /* what Python decides: core.Hooks */
-    PyObject *lasti_name, *after_name, *scope_name, *running_loop, *tasks;
+    PyObject *lasti_name, *after_name, *scope_name, *loop_key, *running_loop, *tasks;
     Block *spare;
     long spares, epoch, forks, ended;
     volatile char *token; /* 1; the kernel makes it 0 in every forked child */
@@ -159,6 +160,7 @@ static void thread_ends(PyObject *capsule) {
     if (this_thread == thread) this_thread = NULL;
     check_fork(thread->state);
     thread->dead = 1;
+    Py_CLEAR(thread->kept);
     drop_keys(thread, NULL);
     free_if_done(thread);
 }
@@ -222,20 +224,26 @@ static Slot *free_slot(Slots *slots) {
     return slot;
 }
 /* ---- arming and disarming */
-static double task_of_thread(State *state) {
+/* Which task of asyncio's runs, as core.py has it. To ask for the loop is a system call in
+ * CPython 3.11, so up to 3.12 a thread asks once for what asyncio keeps in its dict. */
+static double task_of_thread(State *state, Thread *thread) {
     if (!state->running_loop) return 0.0;
-    double task = 0.0;
-    PyObject *loop = PyObject_CallNoArgs(state->running_loop);
-    if (loop && loop != Py_None) {
-        int is_dict = PyDict_CheckExact(state->tasks);
-        PyObject *found = is_dict ? PyDict_GetItemWithError(state->tasks, loop)
-                                  : PyObject_CallFunctionObjArgs(state->tasks, loop, NULL);
-        task = (double)(uintptr_t)(found ? found : Py_None); /* in a loop, but in no task */
-        if (!is_dict) Py_XDECREF(found);
+    PyObject *dict = PyThreadState_GetDict(), *kept = NULL, *loop, *task;
+    if (Py_Version < 0x030D0000) {
+        kept = dict ? PyDict_GetItemWithError(dict, state->loop_key) : NULL;
+        if (!kept || kept == Py_None) { Py_CLEAR(thread->kept); PyErr_Clear(); return 0.0; }
     }
-    Py_XDECREF(loop);
+    if (!kept || kept != thread->kept) {
+        if (!(loop = PyObject_CallNoArgs(state->running_loop))) { PyErr_Clear(); return 0.0; }
+        Py_XDECREF(thread->kept);
+        thread->kept = Py_XNewRef(kept);
+        Py_DECREF(thread->loop = loop); /* `kept` holds it, or it runs */
+    }
+    if (thread->loop == Py_None) return 0.0;
+    if (PyDict_CheckExact(state->tasks)) task = PyDict_GetItemWithError(state->tasks, thread->loop);
+    else Py_XDECREF(task = PyObject_CallFunctionObjArgs(state->tasks, thread->loop, NULL));
     PyErr_Clear();
-    return task;
+    return (double)(uintptr_t)(task ? task : Py_None); /* in a loop, but in no task */
 }
 /* Ask the watcher for a look; the slot may be gone afterwards. */
 static int ring(Block *block, Slot *slot) {
@@ -425,7 +433,7 @@ static PyObject *block_enter(PyObject *self, PyObject *Py_UNUSED(none)) {
     check_fork(state);
     Thread *thread = this_thread;
     if (__builtin_expect(thread && thread->state == state, 1)) {
-        double task = task_of_thread(state);
+        double task = task_of_thread(state, thread);
         Key *key = find_key(thread, block, NULL);
         Slot *slot = key ? key->free : NULL;
         if (__builtin_expect(slot != NULL, 1)) {
@@ -697,6 +705,7 @@ static int exec(PyObject *module) {
         !(state->lasti_name = PyUnicode_InternFromString("f_lasti")) ||
         !(state->after_name = PyUnicode_InternFromString("after")) ||
         !(state->scope_name = PyUnicode_InternFromString("scope")) ||
+        !(state->loop_key = PyUnicode_InternFromString("__asyncio_running_event_loop__")) ||
         PyModule_AddIntConstant(module, "LAYOUT", LAYOUT) < 0) return -1;
     return PyModule_AddObjectRef(module, "Expiration", (PyObject *)state->block_type);
 }
