@@ -1,19 +1,14 @@
 """System calls that Python's os module does not have.
 
-ctypes is loaded at the first call, never by importing this module: a program
-that arms no timer does not pay for it.
+A worker with the core in C does without ctypes, and never imports this module.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
-import functools
 import os
 import sys
-
-TYPE_CHECKING = False  # typing itself takes long to import
-if TYPE_CHECKING:
-    import ctypes
 
 # Source: linux/membarrier.h, linux/prctl.h, asm/unistd.h, asm-generic/mman.h.
 _MEMBARRIER_NUMBERS = {
@@ -40,32 +35,25 @@ _PROT_READ_WRITE = 3
 _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 0x02, 0x10, 0x20
 
 
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_size_t,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_long,
-    ]
-    return libc
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
 
 
 def _system_call(numbers: dict[str, int], *arguments: int) -> int:
-    import ctypes
-
     machine = os.uname().machine
     number = numbers.get(machine)
     if number is None or sys.maxsize < 2**32:
         raise OSError(errno.ENOSYS, f"system call number unknown on {machine}")
     wide = [ctypes.c_long(argument) for argument in arguments]
-    result: int = _libc().syscall(ctypes.c_long(number), *wide)
+    result: int = _libc.syscall(ctypes.c_long(number), *wide)
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
@@ -82,7 +70,7 @@ def register_fence() -> bool:
     """
     try:
         _system_call(_MEMBARRIER_NUMBERS, _MEMBARRIER_REGISTER_GLOBAL_EXPEDITED, 0, 0)
-    except (OSError, ImportError):
+    except OSError:
         return False
     return True
 
@@ -97,15 +85,13 @@ def fence() -> bool:
     """
     try:
         _system_call(_MEMBARRIER_NUMBERS, _MEMBARRIER_GLOBAL_EXPEDITED, 0, 0)
-    except (OSError, ImportError):
+    except OSError:
         return False
     return True
 
 
 def address_of(memory: memoryview) -> int:
     """Return where writable `memory` begins in this process."""
-    import ctypes
-
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
@@ -117,10 +103,8 @@ def make_private(address: int, size: int) -> None:
     Raises:
         OSError: the kernel has no memory left.
     """
-    import ctypes
-
     flags = _MAP_PRIVATE | _MAP_FIXED | _MAP_ANONYMOUS
-    if _libc().mmap(address, size, _PROT_READ_WRITE, flags, -1, 0) != address:
+    if _libc.mmap(address, size, _PROT_READ_WRITE, flags, -1, 0) != address:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 
@@ -132,7 +116,7 @@ def die_with(parent: int) -> None:
     """
     import signal
 
-    _libc().prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent:  # it ended before we asked
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -145,9 +129,7 @@ def become_subreaper() -> None:
     Raises:
         OSError: the kernel refuses.
     """
-    import ctypes
-
-    if _libc().prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+    if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 

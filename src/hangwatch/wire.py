@@ -20,13 +20,16 @@ which reads no other, it answers with that.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections import namedtuple
 from math import isfinite
-from typing import TypeGuard
 
 from hangwatch.errors import ProtocolError, VersionError
 from hangwatch.page import layout
 from hangwatch.policy import NOTHING_CHOSEN, Policy, known_on_expiry
+
+TYPE_CHECKING = False  # typing itself takes long to import, as dataclasses does
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 VERSION = layout.VERSION
 _READS_NO_OTHER = 1
@@ -36,8 +39,7 @@ _MAX_LABELS, _MAX_ARGUMENTS, _MAX_TEXT = 32, 32, 256
 _MAX_PATH = 4095  # linux/limits.h: PATH_MAX is 4096 bytes, the last one NUL
 
 
-@dataclass(frozen=True, slots=True)
-class StackChannel:
+class StackChannel(namedtuple("StackChannel", ("fd", "own", "all"))):
     """Where a worker's Python stacks appear, and how to ask for them.
 
     Attributes:
@@ -46,13 +48,20 @@ class StackChannel:
         all: signal that makes it write every thread's.
     """
 
+    __slots__ = ()
+
     fd: int
     own: int
     all: int
 
 
-@dataclass(frozen=True, slots=True)
-class Hello:
+class Hello(
+    namedtuple(
+        "Hello",
+        "page_fd monotonic fenced labels command python stacks error_file pid main_ident",
+        defaults=(None, 0, 0),
+    )
+):
     """What a worker says of itself. Nothing in it names a process to act on.
 
     Attributes:
@@ -69,6 +78,8 @@ class Hello:
         main_ident: `threading.get_ident()` of its main thread; 0: unknown.
     """
 
+    __slots__ = ()
+
     page_fd: int
     monotonic: float
     fenced: bool
@@ -76,13 +87,12 @@ class Hello:
     command: list[str]
     python: str
     stacks: StackChannel | None
-    error_file: str | None = None
-    pid: int = 0
-    main_ident: int = 0
+    error_file: str | None
+    pid: int
+    main_ident: int
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(namedtuple("Reply", ("reason", "policy"), defaults=(NOTHING_CHOSEN,))):
     """What the watcher answers.
 
     Attributes:
@@ -90,8 +100,10 @@ class Reply:
         policy: of the watcher's, what a worker acts on: `on_expiry` and `force`.
     """
 
+    __slots__ = ()
+
     reason: str | None
-    policy: Policy = NOTHING_CHOSEN
+    policy: Policy
 
 
 def encode_hello(hello: Hello) -> bytes:

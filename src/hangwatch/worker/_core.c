@@ -14,7 +14,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 /* page/layout.py; `LAYOUT` is compared with it when this is imported. */
 enum { LAYOUT = 3, SLOT_BYTES = 320, WATCH_UNTIL = 2, SLOTS_IN_USE = 3 };
@@ -645,10 +647,15 @@ static PyObject *forks(PyObject *module, PyObject *Py_UNUSED(none)) {
     check_fork(state_of(module));
     return PyLong_FromLong(state_of(module)->forks);
 }
+static PyObject *register_fence(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none)) {
+    /* MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED */
+    return PyBool_FromLong(syscall(SYS_membarrier, 1 << 2, 0, 0) == 0);
+}
 static PyObject *end(PyObject *module, PyObject *Py_UNUSED(none)) {
     State *state = state_of(module);
     check_fork(state);
     state->ended = 1;
+    state->epoch++; /* so that no key is known any more */
     for (Thread *thread = state->threads; thread; thread = thread->next)
         for (Slot *slot = thread == this_thread ? NULL : thread->newest; slot; slot = slot->older)
             store(slot->words + DEADLINE, 0.0);
@@ -687,7 +694,7 @@ static PyMethodDef functions[] = {
     {"block", block_of, METH_VARARGS, NULL}, {"Slots", new_slots, METH_VARARGS, NULL},
     {"use", use, METH_VARARGS, NULL}, {"ask_asyncio", ask_asyncio, METH_VARARGS, NULL},
     {"forget_keys", forget_keys, METH_NOARGS, NULL}, {"forks", forks, METH_NOARGS, NULL},
-    {"end", end, METH_NOARGS, NULL}, {0}};
+    {"register_fence", register_fence, METH_NOARGS, NULL}, {"end", end, METH_NOARGS, NULL}, {0}};
 static int exec(PyObject *module) {
     /* Never freed: blocks may end after the module. */
     State *state = calloc(1, sizeof *state);

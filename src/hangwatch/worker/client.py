@@ -10,7 +10,6 @@ from collections.abc import Callable
 from math import inf
 from time import monotonic
 
-from hangwatch import linux
 from hangwatch.errors import HangwatchError, NotConfiguredError, VersionError
 from hangwatch.page import layout
 from hangwatch.policy import NOTHING_CHOSEN, OnExpiry, happens
@@ -210,7 +209,7 @@ class WorkerClient:
             self.address,
             self.page.descriptor.number,
             stack_channel.open_channel(),
-            linux.register_fence(),
+            core.register_fence(),
             labels_from(os.environ),
         )
         self._server = watcher.policy
@@ -249,6 +248,7 @@ _clients: weakref.WeakSet[WorkerClient] = weakref.WeakSet()
 
 def _note_debugger() -> None:
     """Say in every page of this process that a debugger is loaded."""
+    core.forks()  # after a fork that Python did not see, the pages are its parent's until then
     for client in list(_clients):
         if client._page is not None:
             client._page.words[layout.DEBUGGER_LOADED] = 1.0
@@ -282,9 +282,12 @@ def _unwatched(block: Expiration) -> Other | None:
     global _void
     if _void is None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        memory = mmap.mmap(-1, layout.PAGE_BYTES, flags=flags)
-        memoryview(memory).cast("d")[layout.WATCH_UNTIL] = inf
-        _void = core.Slots(memory, lambda: False, layout.HEADER_BYTES, layout.CAPACITY)
+        try:
+            memory = mmap.mmap(-1, layout.PAGE_BYTES, flags=flags)
+            memoryview(memory).cast("d")[layout.WATCH_UNTIL] = inf
+            _void = core.Slots(memory, lambda: False, layout.HEADER_BYTES, layout.CAPACITY)
+        except OSError:
+            return UNWATCHED
     armed = _void.arm(block, inf, layout.no_details, 0.0, True)
     return None if armed else UNWATCHED
 

@@ -15,6 +15,7 @@ import sys
 import threading
 from time import monotonic, sleep
 
+from hangwatch import wire
 from hangwatch.errors import AddressError, ProtocolError, WatcherUnavailableError
 from hangwatch.worker.labels import error_file_from
 from hangwatch.worker.own_descriptor import OwnDescriptor
@@ -56,9 +57,6 @@ def connect(
         ProtocolError: whoever answers is no watcher.
         VersionError: it is a watcher of another version.
     """
-    # Imported by who connects: json and dataclasses take long.
-    from hangwatch import wire
-
     until = monotonic() + ANSWER_WITHIN
     descriptors = [page_descriptor] if stacks is None else [page_descriptor, stacks.fd]
     while True:

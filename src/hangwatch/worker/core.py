@@ -17,6 +17,7 @@ keeps the slots of its keys, their details written, so entering again is two sto
 
 from __future__ import annotations
 
+import errno
 import itertools
 import mmap
 import sys
@@ -24,14 +25,18 @@ import threading
 from collections import deque
 from collections.abc import Callable, Hashable
 from contextlib import suppress
-from functools import partial
+from functools import partial, reduce
 from math import inf
 from struct import Struct
 from time import monotonic
 from weakref import WeakValueDictionary, ref
 
-from hangwatch import linux
 from hangwatch.page import layout
+
+try:
+    from hangwatch import linux
+except ImportError:  # a Python that was built without ctypes
+    linux = None  # type: ignore[assignment]
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
@@ -66,7 +71,7 @@ LAYOUT = layout.VERSION
 _MOST_KEYS = 64
 _MOST_NOTED = 64
 _HAS_GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
-_DISARM = Struct("=d?")
+_DISARM = Struct("=d??")
 """The deadline 0.0; then whatever a weak reference's callback is given, where nobody reads."""
 _WIPE_ON_FORK = 18  # MADV_WIPEONFORK, madvise(2): Python 3.11 has no name for it
 
@@ -144,7 +149,7 @@ class Slot:
 
     Attributes:
         home: the free slots of that key.
-        disarm: disarms in one call of C code.
+        disarm: disarms, whatever it is given.
         end: calls that when the object is gone that entered the slot; None: it is not entered.
         given: empty once the slot was given back.
     """
@@ -200,13 +205,19 @@ class Slots:
 
     Attributes:
         closed: whether no slot is given out any more, and nobody rung for; what is armed stays so.
+
+    Raises:
+        OSError: there is no way to keep a forked child from writing this memory.
     """
 
     def __init__(
         self, memory: mmap.mmap, ring: Callable[[], bool], first: int, capacity: int
     ) -> None:
+        if linux is None:
+            raise OSError(errno.ENOSYS, "this Python has neither ctypes nor hangwatch's core in C")
         self.memory = memoryview(memory)
         self.words = self.memory.cast("d")
+        self._address = linux.address_of(self.memory)
         self.first = first
         self._ring = ring
         self._capacity = capacity
@@ -293,7 +304,7 @@ class Slots:
     def forget_parent(self) -> None:
         """In a forked child: put private memory under every handle to the parent's page."""
         self.closed = True
-        linux.make_private(linux.address_of(self.memory), len(self.memory))
+        linux.make_private(self._address, len(self.memory))
 
     def give_back(self, slot: Slot) -> None:
         """Let another key have a slot that is not armed."""
@@ -464,7 +475,8 @@ def _arm(block: Expiration, slot: Slot, task: float) -> None:
     """Arm a slot, the same way as `_core.c`."""
     words, at, thread = slot.words, slot.at, slot.thread
     block._slot = slot
-    slot.end = ref(block, slot.disarm)
+    # Disarms once if the token is 1, so never in a forked child, in one call of C code.
+    slot.end = ref(block, partial(reduce, slot.disarm, filter(None, _token)))
     thread.order = slot.order = thread.order + 1
     if len(thread.open) >= _MOST_NOTED:
         thread.open = [other for other in thread.open if other.words[other.at]]
@@ -595,6 +607,11 @@ def forks() -> int:
     return _forks
 
 
+def register_fence() -> bool:
+    """Let the watcher's memory fence reach this process; see `linux.register_fence`."""
+    return linux is not None and linux.register_fence()
+
+
 def end() -> None:
     """The interpreter ends: disarm what other threads have armed, and let new blocks be.
 
@@ -636,7 +653,7 @@ _threads: WeakValueDictionary[int, _Thread] = WeakValueDictionary()
 _memory = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 with suppress(OSError):  # before Linux 4.14: forks that Python does not see go unnoticed
     _memory.madvise(_WIPE_ON_FORK)
-_token = memoryview(_memory)
-"""Its first byte is 1; the kernel makes it 0 in every forked child."""
+_token = memoryview(_memory)[:1]
+"""A byte that is 1; the kernel makes it 0 in every forked child."""
 _token[0] = 1
 _local = _PerThread()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import AsyncGenerator, Callable, Generator
-from typing import Any, TypeVar, cast
 
-TYPE_CHECKING = False
+TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
     from hangwatch.worker.core import Expiration
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+    Function = TypeVar("Function", bound=Callable[..., Any])
+
+# Of a code object; the inspect module takes long to import.
+_GENERATOR, _COROUTINE, _ASYNC_GENERATOR = 0x20, 0x80, 0x200
 
 
 def decorate(function: Function, block: Callable[[], Expiration]) -> Function:
@@ -30,25 +33,43 @@ def decorate(function: Function, block: Callable[[], Expiration]) -> Function:
             f"expires decorates functions, coroutine functions and generators, not {what}: "
             "decorate the method itself, below @classmethod or @staticmethod"
         )
-    if inspect.isasyncgenfunction(function):
-        return cast(Function, _async_generator(function, block))
-    if inspect.isgeneratorfunction(function):
-        return cast(Function, _generator(function, block))
-    if inspect.iscoroutinefunction(function):
+    wrapped: Any
+    flags = _flags_of(function)
+    if flags & _ASYNC_GENERATOR:
+        wrapped = _async_generator(function, block)
+    elif flags & _GENERATOR:
+        wrapped = _generator(function, block)
+    elif flags & _COROUTINE:
 
         @functools.wraps(function)
         async def coroutine(*args: Any, **kwargs: Any) -> Any:
             with block():
                 return await function(*args, **kwargs)
 
-        return cast(Function, coroutine)
+        wrapped = coroutine
+    else:
 
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with block():
-            return function(*args, **kwargs)
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with block():
+                return function(*args, **kwargs)
 
-    return cast(Function, call)
+        wrapped = call
+    return wrapped  # type: ignore[no-any-return]
+
+
+def _flags_of(function: Any) -> int:
+    """Return the flags of a function's code, as `inspect` looks for it."""
+    while True:
+        inner = getattr(function, "__func__", None)  # a method
+        if isinstance(function, functools.partial):
+            inner = function.func
+        if getattr(function, "_is_coroutine_mark", None) is not None:
+            return _COROUTINE  # inspect.markcoroutinefunction
+        if inner is None:
+            flags: int = getattr(getattr(function, "__code__", None), "co_flags", 0)
+            return flags
+        function = inner
 
 
 def _generator(

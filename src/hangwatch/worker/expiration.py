@@ -11,10 +11,11 @@ import os
 import sys
 
 from hangwatch.errors import HangwatchError
-from hangwatch.worker import arguments, client, handle, tasks
+from hangwatch.worker import arguments, client, decorated, handle, tasks
 from hangwatch.worker.arguments import NOTHING_ASKED, Asked, name_of
 from hangwatch.worker.blocks import ContractBlock, cannot
 from hangwatch.worker.chosen_core import core, problem
+from hangwatch.worker.iteration import Watched
 from hangwatch.worker.roads import Configured, find_road
 from hangwatch.worker.warnings import warn
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from hangwatch.worker.blocks import ContractClient, Other
     from hangwatch.worker.core import Expiration as Expiration
-    from hangwatch.worker.iteration import Watched
 
     Function = TypeVar("Function", bound=Callable[..., Any])
     Item = TypeVar("Item")
@@ -213,8 +213,6 @@ def watch(
     Raises:
         TypeError: `iterable` is none; and as `expires`.
     """
-    from hangwatch.worker.iteration import Watched
-
     limit = arguments.checked_limit(after)
     asked = arguments.checked_asked(client, on_expiry, grace, signal, raises)
     return Watched(iterable, _block(limit, scope, asked).again)
@@ -231,9 +229,7 @@ def _decorate(block: Expiration, function: Function) -> Function:
     Raises:
         TypeError: it is none of these: the caller's fault.
     """
-    from hangwatch.worker.decorated import decorate  # takes long
-
-    return decorate(function, block.again)
+    return decorated.decorate(function, block.again)
 
 
 def _after_fork() -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
-from typing import Generic, TypeVar
 
-TYPE_CHECKING = False
+TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
+    from typing import TypeVar
+
     from hangwatch.worker.core import Expiration
 
-Item = TypeVar("Item")
+    Item = TypeVar("Item")
+else:
+    Item = object
 
 
-class Watched(Generic[Item]):
+class Watched(Iterable[Item], AsyncIterable[Item]):
     """An iterable whose every step is a block.
 
     Args:

@@ -6,15 +6,13 @@ stacks appear even while a C call holds it. Source: Python's faulthandler module
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
 import os
 
+from hangwatch.wire import StackChannel
 from hangwatch.worker.free_signals import free_signals, harmless_signal
 from hangwatch.worker.own_descriptor import OwnDescriptor
-
-TYPE_CHECKING = False  # typing itself takes long to import
-if TYPE_CHECKING:
-    from hangwatch.wire import StackChannel
 
 
 class _Channel:
@@ -26,10 +24,6 @@ class _Channel:
 
 def open_channel() -> StackChannel | None:
     """Register the two signals, the first time; None if that is not possible."""
-    import faulthandler
-
-    from hangwatch import wire
-
     if _Channel.descriptor is None:
         free = free_signals()
         if len(free) < 2:
@@ -37,22 +31,20 @@ def open_channel() -> StackChannel | None:
         # The first request comes to every block that is late, however little.
         own, all_threads = harmless_signal() or free[1], free[0]
         try:
-            descriptor = os.memfd_create("hangwatch-stacks", os.MFD_CLOEXEC)
-        except OSError:
+            descriptor = OwnDescriptor(os.memfd_create("hangwatch-stacks", os.MFD_CLOEXEC))
+            # Appending: a reader may truncate what it has read.
+            fcntl.fcntl(descriptor.number, fcntl.F_SETFL, os.O_APPEND)
+            faulthandler.register(own, descriptor.number, all_threads=False)
+            faulthandler.register(all_threads, descriptor.number, all_threads=True)
+        except (OSError, RuntimeError):
             return None
-        # Appending: a reader may truncate what it has read.
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)
-        faulthandler.register(own, descriptor, all_threads=False)
-        faulthandler.register(all_threads, descriptor, all_threads=True)
-        _Channel.descriptor = OwnDescriptor(descriptor)
+        _Channel.descriptor = descriptor
         _Channel.signals = own, all_threads
-    return wire.StackChannel(_Channel.descriptor.number, *_Channel.signals)
+    return StackChannel(_Channel.descriptor.number, *_Channel.signals)
 
 
 def forget_channel() -> None:
     """In a forked child: let go of the parent's channel."""
-    import faulthandler
-
     descriptor, _Channel.descriptor = _Channel.descriptor, None
     if descriptor is not None:
         for number in _Channel.signals:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
 
 
 def warn(what: str) -> None:
     """Log a warning if `logging` is loaded, as a program's own code does it; else to stderr."""
     # At the interpreter's end, without descriptors, with a handler that fails: never mind.
-    with suppress(Exception):
+    try:
         logging = sys.modules.get("logging")
         if logging is not None and hasattr(logging, "getLogger"):
             logging.getLogger("hangwatch").warning("hangwatch: %s", what)
-        else:
+        elif sys.stderr is not None:
             os.write(2, f"hangwatch: {what}\n".encode(errors="backslashreplace"))
+    except Exception:
+        pass
