@@ -96,12 +96,8 @@ HELLO = wire.Hello(3, 1.0, True, {"rank": "2"}, ["python", "x.py"], "3.11", None
 
 
 def test_a_hello_survives_the_wire() -> None:
-    with_stacks = wire.Hello(
-        **{
-            **{k: getattr(HELLO, k) for k in HELLO.__slots__},
-            "stacks": wire.StackChannel(4, 62, 61),
-            "error_file": "/attempt_0/2/\udcff.json",
-        }
+    with_stacks = HELLO._replace(
+        stacks=wire.StackChannel(4, 62, 61), error_file="/attempt_0/2/\udcff.json"
     )
     for hello in (HELLO, with_stacks):
         assert wire.decode_hello(wire.encode_hello(hello)) == hello

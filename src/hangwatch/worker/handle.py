@@ -9,6 +9,7 @@ from time import monotonic
 from hangwatch.errors import HangwatchError
 from hangwatch.page import layout
 from hangwatch.worker.arguments import checked_limit
+from hangwatch.worker.chosen_core import core
 from hangwatch.worker.own_page import OwnPage, page_of
 
 TYPE_CHECKING = False  # typing itself takes long to import
@@ -79,6 +80,7 @@ def _own_way(block: Expiration, method: str) -> Callable[..., float] | None:
 
 def _place(block: Expiration) -> tuple[OwnPage | None, int, float]:
     """Return the block's page, its slot's first word, and its entry; no page: unwatched."""
+    core.forks()  # after a fork that Python did not see, the page is the parent's until then
     place = block.place
     if place is None:
         raise HangwatchError(
