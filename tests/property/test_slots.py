@@ -470,3 +470,25 @@ def test_threads_that_arm_first_at_the_same_time_share_one_page() -> None:
                 leave.wait()
                 for thread in threads:
                     thread.join()
+
+
+def test_who_could_not_have_a_page_is_watched_as_soon_as_it_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with quiet_page(page_made=False) as client:
+        fails = True
+
+        def create() -> int:
+            if fails:
+                raise OSError(24, "too many open files")
+            return real()
+
+        real = layout.create_memfd
+        monkeypatch.setattr(layout, "create_memfd", create)
+        monkeypatch.setattr("hangwatch.worker.client._TRY_AGAIN_AFTER", 0.0)
+        for _ in range(3):
+            with hangwatch.expires(60, "x") as timer:
+                assert timer.remaining() == inf
+        fails = False
+        with hangwatch.expires(60, "x"):
+            assert client.armed() == {"x": 1}

@@ -92,7 +92,7 @@ class WorkerClient:
         """
         page = self._ready()
         if page is None:
-            return _unwatched(block)
+            return _unwatched(block, quiet=self.address == OFF)
         raises = happens(asked.policy, self._server) is OnExpiry.RAISE
         task = current_task()
         if raises and task == 0.0:
@@ -278,7 +278,7 @@ _void: Slots | None = None
 """The slots of blocks that nobody watches: memory of our own, with a promise for ever."""
 
 
-def _unwatched(block: Expiration) -> Other | None:
+def _unwatched(block: Expiration, quiet: bool) -> Other | None:
     global _void
     if _void is None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -288,7 +288,7 @@ def _unwatched(block: Expiration) -> Other | None:
             _void = core.Slots(memory, lambda: False, layout.HEADER_BYTES, layout.CAPACITY)
         except OSError:
             return UNWATCHED
-    armed = _void.arm(block, inf, layout.no_details, 0.0, True)
+    armed = _void.arm(block, inf, layout.no_details, 0.0, quiet)
     return None if armed else UNWATCHED
 
 
