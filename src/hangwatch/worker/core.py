@@ -354,18 +354,23 @@ class Expiration:
             return self
         if not _token[0]:
             forget_parent()
+        slot: Slot | None
         try:
             slot = _local.thread.homes[self._key].pop()
         except (KeyError, IndexError):
-            self._slot = _NONE
-            try:
-                self.other = _hooks.enter(self)
-            except BaseException:
-                self._disarm()
-                self._slot = None
-                raise
-        else:
+            slot = None
+        if slot is not None:
             _arm(self, slot, _Asyncio.task())
+            return self
+        # After the except clause: CPython 3.11 keeps an exception, and with it our frame, if a
+        # trace function raises where its handling ends (tests/property/test_storm.py).
+        self._slot = _NONE
+        try:
+            self.other = _hooks.enter(self)
+        except BaseException:
+            self._disarm()
+            self._slot = None
+            raise
         return self
 
     def __exit__(self, kind: object = None, error: object = None, traceback: object = None) -> None:
