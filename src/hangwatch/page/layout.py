@@ -22,7 +22,8 @@ Layout (native byte order, one memfd):
         24  f64 limit
         32  u64 threading.get_ident(), u64 threading.get_native_id()
         48  u32 flags, i32 signal (`policy.to_words`; of the flags, `PAUSES` is not the policy's)
-        56  f64 the task of an event loop that entered the block; 0.0: none
+        56  f64 the task of an event loop that entered the block; 0.0: none; a timer that was
+            acquired by a call has a number of its own here
         64  f64 entry that was skipped: a block that its thread entered earlier was left before
         72  f64 grace (`policy.to_words`)
         80  f64 entry of which the next two speak

@@ -97,7 +97,9 @@ class DropInClient(BuiltInClient):
         self._acquired.add(
             scope_id,
             block,
-            lambda: worker.begin(block, scope_id, self._as_in_page(NOTHING_ASKED), quiet=False),
+            lambda: worker.begin(
+                block, scope_id, self._as_in_page(NOTHING_ASKED), quiet=False, alone=True
+            ),
         )
         if self._requested.holds(scope_id):  # from before there was a watcher
             self._requested.drop(scope_id)

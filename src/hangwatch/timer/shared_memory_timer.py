@@ -70,7 +70,7 @@ class SharedMemoryTimerClient(BuiltInClient):
         self._acquired.add(
             scope_id,
             block,
-            lambda: self._worker.begin(block, scope_id, NOTHING_ASKED, quiet=False),
+            lambda: self._worker.begin(block, scope_id, NOTHING_ASKED, quiet=False, alone=True),
         )
 
     def release(self, scope_id: str) -> None:

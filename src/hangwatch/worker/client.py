@@ -81,7 +81,15 @@ class WorkerClient:
                         _note_debugger()
         return self._page
 
-    def begin(self, block: Expiration, name: str, asked: Asked, quiet: bool = True) -> Other | None:
+    def begin(
+        self,
+        block: Expiration,
+        name: str,
+        asked: Asked,
+        *,
+        quiet: bool = True,
+        alone: bool = False,
+    ) -> Other | None:
         """Arm a block's timer, see `blocks.Road`; never fails for want of a watcher.
 
         Args:
@@ -89,6 +97,7 @@ class WorkerClient:
             name: its name.
             asked: what else its caller chose.
             quiet: whether its thread may enter such a block again without asking.
+            alone: whether it has nothing to do with its thread's other blocks: a call's timer.
         """
         page = self._ready()
         if page is None:
@@ -98,12 +107,13 @@ class WorkerClient:
         if raises and task == 0.0:
             self._prepare_to_raise()
         quiet = quiet and not (raises or asked.pauses)
+        task_in_page = float(id(block)) if alone else task
 
         def details() -> bytes:
             return details_of(block.after, name, block.lasti >= 0, asked)
 
         def arm() -> bool:
-            return bool(page.slots.arm(block, block.after, details, task, quiet))
+            return bool(page.slots.arm(block, block.after, details, task_in_page, quiet))
 
         if asked.pauses:
             pause = page.pauses.begin(block, arm)
