@@ -22,12 +22,10 @@
 enum { LAYOUT = 3, SLOT_BYTES = 320, WATCH_UNTIL = 2, SLOTS_IN_USE = 3 };
 enum { DEADLINE = 0, ENTRY = 2, LIMIT = 3, IDENT = 4, TASK = 7, SKIPPED_ENTRY = 8,
        RENEWED_ENTRY = 10, ENTERED = 11, RENEWED_LIMIT = 12, RAISED_ENTRY = 13 };
-enum { DETAILS_BYTES = SLOT_BYTES - LIMIT * 8 };
-#define NEVER 4611686018427387904.0 /* 2**62 */
 #define GENERATION 4294967296.0     /* 2**32 */
 #define GENERATIONS 1048576.0       /* 2**20 */
 #define CAPSULE "hangwatch.thread"
-enum { BUCKETS = 64, MOST_KEYS = 64, MOST_SPARE_BLOCKS = 64 };
+enum { DETAILS_BYTES = SLOT_BYTES - LIMIT * 8, BUCKETS = 64, MOST_KEYS = 64, MOST_SPARE_BLOCKS = 64 };
 
 typedef _Atomic double Word;
 typedef struct State State; typedef struct Slots Slots; typedef struct Thread Thread;
@@ -47,10 +45,8 @@ typedef struct Key {
     int lasti, quiet; /* quiet: Python need not be asked */
     double after, limit;
     long epoch, open;
-    Slots *slots;
-    Slot *free;
-    Thread *thread;
-    struct Key *next;
+    Slots *slots; Slot *free;
+    Thread *thread; struct Key *next;
 } Key;
 struct Thread {
     Key *table[BUCKETS];
@@ -114,7 +110,7 @@ static inline double monotonic(void) {
 static void __attribute__((noinline)) forget_parent(State *state) {
     for (Slots *slots = state->all; slots; slots = slots->next) {
         mmap(slots->memory.buf, (size_t)slots->memory.len, PROT_READ | PROT_WRITE,
-             MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS, -1, 0);
+             MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         slots->closed = 1;
     }
     state->epoch++;
@@ -128,8 +124,7 @@ static inline void check_fork(State *state) {
 /* ---- keys and threads */
 static void give_back(Slots *slots, Slot *slot) {
     store(slot->words + IDENT, 0.0); /* the thread's name is nobody's from here on */
-    slot->key = NULL;
-    slot->next = slots->free;
+    slot->key = NULL; slot->next = slots->free;
     slots->free = slot;
 }
 /* Forget a thread's keys but those of open blocks; of one page, or of all. */
@@ -171,7 +166,7 @@ static Thread *find_thread(State *state) {
     PyObject *capsule = dict ? PyDict_GetItem(dict, name) : NULL; /* this interpreter's, ours */
     if (capsule) return this_thread = PyCapsule_GetPointer(capsule, CAPSULE);
     Thread *thread = dict ? PyMem_Calloc(1, sizeof *thread) : NULL;
-    if (!thread) { PyErr_NoMemory(); return NULL; }
+    if (!thread) return PyErr_NoMemory(), NULL;
     thread->state = state;
     thread->next = state->threads;
     state->threads = thread;
@@ -202,7 +197,7 @@ static Key *find_key(Thread *thread, Block *block, Slots *slots) {
 static Key *new_key(Thread *thread, Block *block, Slots *slots) {
     if (thread->keys >= MOST_KEYS) drop_keys(thread, NULL);
     Key *key = PyMem_Calloc(1, sizeof *key);
-    if (!key) { PyErr_NoMemory(); return NULL; }
+    if (!key) return PyErr_NoMemory(), NULL;
     Key **at = &thread->table[block->hash & (BUCKETS - 1)];
     *key = (Key){Py_NewRef(block->scope), Py_XNewRef(block->asked), block->hash, block->lasti,
                  .after = block->after, .epoch = thread->state->epoch, .thread = thread,
@@ -347,19 +342,14 @@ static PyObject *new_block(State *state, double after, PyObject *scope, Py_hash_
     } else if (!(block = PyObject_Malloc(sizeof *block))) return PyErr_NoMemory();
     PyObject_Init((PyObject *)block, state->block_type);
     block->state = state;
-    block->slot = NULL;
-    block->other = NULL;
+    block->slot = NULL; block->other = NULL;
     block->scope = Py_NewRef(scope);
     block->asked = asked == Py_None ? NULL : Py_XNewRef(asked);
-    block->hash = hash;
-    block->lasti = lasti;
+    block->hash = hash; block->lasti = lasti; block->after = after;
     block->entered = block->awaited = 0;
-    block->after = after;
     return (PyObject *)block;
 }
-static Py_hash_t place_hash(PyObject *code, int lasti) {
-    return (Py_hash_t)((uintptr_t)code >> 6) ^ (lasti >> 1);
-}
+#define PLACE_HASH(code, lasti) ((Py_hash_t)((uintptr_t)(code) >> 6) ^ ((lasti) >> 1))
 /* Have Python look at the arguments of `expires`. */
 static PyObject *declare(State *state, PyObject *const *args, Py_ssize_t n, PyObject *names) {
     PyObject *function = PyObject_GetAttrString(state->hooks, "declare"), *result = NULL;
@@ -383,10 +373,8 @@ static PyObject *expires(PyObject *module, PyObject *const *args, Py_ssize_t n, 
         given[at] = args[i];
     }
     PyObject *after = given[0], *scope = given[1];
-    if (!after) goto declare;
-    double seconds;
-    if (!PyFloat_CheckExact(after) && !PyLong_CheckExact(after)) goto declare;
-    seconds = PyFloat_AsDouble(after);
+    if (!after || (!PyFloat_CheckExact(after) && !PyLong_CheckExact(after))) goto declare;
+    double seconds = PyFloat_AsDouble(after);
     if (!(seconds > 0.0 && seconds < INFINITY)) { PyErr_Clear(); goto declare; }
     if (scope && scope != Py_None) {
         if (!PyUnicode_CheckExact(scope) || !PyUnicode_GetLength(scope)) goto declare;
@@ -399,7 +387,7 @@ static PyObject *expires(PyObject *module, PyObject *const *args, Py_ssize_t n, 
     int lasti = (int)PyLong_AsLong(at);
     Py_DECREF(at);
     PyObject *code = (PyObject *)PyFrame_GetCode(frame);
-    PyObject *block = new_block(state, seconds, code, place_hash(code, lasti), lasti, NULL);
+    PyObject *block = new_block(state, seconds, code, PLACE_HASH(code, lasti), lasti, NULL);
     Py_DECREF(code);
     return block;
 declare: /* whatever is not plain, or wrong */
@@ -410,7 +398,7 @@ static PyObject *block_of(PyObject *module, PyObject *args) {
     PyObject *scope, *asked;
     int lasti;
     if (!PyArg_ParseTuple(args, "dOiO:block", &after, &scope, &lasti, &asked)) return NULL;
-    Py_hash_t hash = lasti < 0 ? PyObject_Hash(scope) : place_hash(scope, lasti);
+    Py_hash_t hash = lasti < 0 ? PyObject_Hash(scope) : PLACE_HASH(scope, lasti);
     return new_block(state_of(module), after, scope, hash, lasti, asked);
 }
 static void block_dealloc(PyObject *self) {
@@ -421,11 +409,10 @@ static void block_dealloc(PyObject *self) {
     disarm(block, 0);
     Py_DECREF(block->scope);
     Py_XDECREF(block->asked);
-    if (state->spares < MOST_SPARE_BLOCKS) {
+    if (state->spares++ < MOST_SPARE_BLOCKS) {
         block->slot = (Slot *)state->spare;
         state->spare = block;
-        state->spares++;
-    } else PyObject_Free(block);
+    } else { state->spares--; PyObject_Free(block); }
     Py_DECREF((PyObject *)type);
 }
 static PyObject *block_enter(PyObject *self, PyObject *Py_UNUSED(none)) {
@@ -590,10 +577,7 @@ static PyObject *slots_arm(PyObject *self, PyObject *args) {
     if (slots->closed) Py_RETURN_FALSE;
     Thread *thread = this_thread;
     if ((!thread || thread->state != state) && !(thread = find_thread(state))) return NULL;
-    if (thread->epoch != state->epoch) {
-        drop_keys(thread, NULL);
-        thread->epoch = state->epoch;
-    }
+    if (thread->epoch != state->epoch) { drop_keys(thread, NULL); thread->epoch = state->epoch; }
     Key *key = find_key(thread, block, slots);
     if (!key && !(key = new_key(thread, block, slots))) return NULL;
     key->limit = limit;
@@ -604,8 +588,7 @@ static PyObject *slots_arm(PyObject *self, PyObject *args) {
         key->open++; /* until it is armed, nobody may drop the key */
         slot = move_in(key, details);
         key->open--;
-        if (!slot && PyErr_Occurred()) return NULL;
-        if (!slot) Py_RETURN_FALSE;
+        if (!slot) return PyErr_Occurred() ? NULL : Py_NewRef(Py_False);
     }
     if (arm(block, slot, task) < 0) return NULL;
     Py_RETURN_TRUE;
@@ -626,10 +609,9 @@ static void slots_dealloc(PyObject *self) {
 static char expires_doc[4096] = "expires($module, /, after, scope=None, client=None, on_expiry=None, "
     "grace=None, signal=None, raises=None)\n--\n\n"; /* then what `use` is given */
 static PyObject *use(PyObject *module, PyObject *args) {
-    State *state = state_of(module);
     const char *text;
-    if (!PyArg_ParseTuple(args, "Oz:use", &state->hooks, &text)) return NULL;
-    Py_INCREF(state->hooks); /* once */
+    if (!PyArg_ParseTuple(args, "Oz:use", &state_of(module)->hooks, &text)) return NULL;
+    Py_INCREF(args); /* and with them the hooks */
     if (text && !strstr(expires_doc, text)) strncat(expires_doc, text, 4095 - strlen(expires_doc));
     Py_RETURN_NONE;
 }
@@ -676,13 +658,11 @@ static PyMemberDef block_members[] = {
     MEMBER(asked, T_OBJECT), MEMBER(other, T_OBJECT), {0}};
 static PyType_Slot block_slots[] = {
     {Py_tp_dealloc, block_dealloc}, {Py_tp_methods, block_methods}, {Py_tp_getset, block_fields},
-    {Py_tp_members, block_members}, {Py_am_await, block_await},
-    {Py_am_send, block_send}, {Py_tp_iter, block_await}, {Py_tp_iternext, block_next}, {0}};
-static PyType_Spec block_spec = {
-    "hangwatch.Expiration", sizeof(Block), 0,
+    {Py_tp_members, block_members}, {Py_am_await, block_await}, {Py_am_send, block_send},
+    {Py_tp_iter, block_await}, {Py_tp_iternext, block_next}, {0}};
+static PyType_Spec block_spec = {"hangwatch.Expiration", sizeof(Block), 0,
     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, block_slots};
-static PyMethodDef slots_methods[] = {
-    {"arm", slots_arm, METH_VARARGS, NULL}, {0}};
+static PyMethodDef slots_methods[] = {{"arm", slots_arm, METH_VARARGS, NULL}, {0}};
 static PyMemberDef slots_members[] = {{"closed", T_INT, offsetof(Slots, closed), 0, NULL}, {0}};
 static PyType_Slot slots_slots[] = {
     {Py_tp_dealloc, slots_dealloc}, {Py_tp_methods, slots_methods},
@@ -698,13 +678,11 @@ static PyMethodDef functions[] = {
 static int exec(PyObject *module) {
     /* Never freed: blocks may end after the module. */
     State *state = calloc(1, sizeof *state);
-    if (!state) { PyErr_NoMemory(); return -1; }
+    if (!state) return PyErr_NoMemory(), -1;
     *(State **)PyModule_GetState(module) = state;
     state->token = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (state->token == MAP_FAILED || madvise((void *)state->token, 4096, MADV_WIPEONFORK) < 0) {
-        PyErr_SetString(PyExc_ImportError, "this kernel can't wipe a page on fork: Linux 4.14 can");
-        return -1;
-    }
+    if (state->token == MAP_FAILED || madvise((void *)state->token, 4096, MADV_WIPEONFORK) < 0)
+        return PyErr_SetString(PyExc_ImportError, "Linux 4.14 can wipe a page on fork"), -1;
     *state->token = 1;
     state->block_type = (PyTypeObject *)PyType_FromSpec(&block_spec);
     state->slots_type = (PyTypeObject *)PyType_FromSpec(&slots_spec);
