@@ -25,11 +25,10 @@ enum { DEADLINE = 0, ENTRY = 2, LIMIT = 3, IDENT = 4, TASK = 7, SKIPPED_ENTRY = 
 #define GENERATION 4294967296.0     /* 2**32 */
 #define GENERATIONS 1048576.0       /* 2**20 */
 #define CAPSULE "hangwatch.thread"
-enum { DETAILS_BYTES = SLOT_BYTES - LIMIT * 8, BUCKETS = 64, MOST_KEYS = 64, MOST_SPARE_BLOCKS = 64 };
+enum { DETAILS_BYTES = SLOT_BYTES - LIMIT * 8, BUCKETS = 64, MOST_KEYS = 64, MOST_SPARE = 64 };
 
 typedef _Atomic double Word;
 typedef struct State State; typedef struct Slots Slots; typedef struct Thread Thread;
-
 /* One place of a page. */
 typedef struct Slot {
     Word *words;
@@ -409,7 +408,7 @@ static void block_dealloc(PyObject *self) {
     disarm(block, 0);
     Py_DECREF(block->scope);
     Py_XDECREF(block->asked);
-    if (state->spares++ < MOST_SPARE_BLOCKS) {
+    if (state->spares++ < MOST_SPARE) {
         block->slot = (Slot *)state->spare;
         state->spare = block;
     } else { state->spares--; PyObject_Free(block); }
@@ -606,8 +605,8 @@ static void slots_dealloc(PyObject *self) {
     Py_DECREF((PyObject *)type);
 }
 /* ---- the module */
-static char expires_doc[4096] = "expires($module, /, after, scope=None, client=None, on_expiry=None, "
-    "grace=None, signal=None, raises=None)\n--\n\n"; /* then what `use` is given */
+static char expires_doc[4096] = "expires($module, /, after, scope=None, client=None, "
+    "on_expiry=None, grace=None, signal=None, raises=None)\n--\n\n"; /* then `use` adds to it */
 static PyObject *use(PyObject *module, PyObject *args) {
     const char *text;
     if (!PyArg_ParseTuple(args, "Oz:use", &state_of(module)->hooks, &text)) return NULL;
