@@ -61,13 +61,30 @@ def around_steps(limit, takes):
         for _ in steps(takes):
             pass
 
+def tight(limit, takes):
+    caught.clear()
+    laps, most = 0, int(takes * laps_a_second)
+    try:
+        with hangwatch.expires(limit, "race", on_expiry="raise"):
+            while laps < most:  # cpython#130279
+                laps += 1
+    except TimerExpired:
+        caught.append("here")
+        raise
+
+caught = []
+began, laps = time.perf_counter(), 0
+while laps < 10**6:
+    laps += 1
+laps_a_second = laps / (time.perf_counter() - began)
+
 def paused(limit, takes):
     with hangwatch.expires(limit, "race", on_expiry="raise"):
         with hangwatch.paused("pause", 60):
             pass
         spin(takes)
 
-FORMS = [plain] * 4 + [nested, in_a_stack, in_a_stack, renewed, around_steps, paused]
+FORMS = [plain] * 4 + [tight] * 3 + [nested, in_a_stack, in_a_stack, renewed, around_steps, paused]
 
 with hangwatch.expires(60, "first", on_expiry="raise"):
     pass  # connects
@@ -83,6 +100,10 @@ hammer = subprocess.Popen([sys.executable, "-c",
     "    time.sleep(random.uniform(2e-5, 3e-4))\\n",
     str(os.getpid()), str(number)], stderr=subprocess.DEVNULL)
 raised = done = 0
+if sys.argv[3] == "traced":
+    def trace(frame, event, argument):
+        return trace
+    sys.settrace(trace)
 try:
     # On a busy machine it takes longer until enough of them have overrun, or ended in time.
     while done < blocks or raised < blocks // 100 or done - raised < blocks // 10:
@@ -94,27 +115,34 @@ try:
             form(limit, takes)
         except TimerExpired as expired:
             assert expired.scope == "race" and expired.inside >= limit, expired
+            assert form is not tight or caught, "it passed by the except around it"
             raised += 1
         # Out here it would end the program.
         [n * n for n in range(10)]
         if raised % 50 == 1:
             assert reader.armed() == [], (form, reader.armed())
 finally:
+    sys.settrace(None)
     hammer.kill(); hammer.wait()
 assert reader.armed() == []
 """
 
 
+@pytest.mark.core
 @short_and_long
-@pytest.mark.parametrize("first", ["", "import asyncio\n"], ids=["without asyncio", "with asyncio"])
+@pytest.mark.parametrize(
+    ("first", "how"),
+    [("", "plain"), ("import asyncio\n", "plain"), ("", "traced")],
+    ids=["without asyncio", "with asyncio", "traced"],
+)
 def test_timer_expired_never_appears_outside_of_its_block(
-    start_watcher: StartWatcher, first: str, size: Size
+    start_watcher: StartWatcher, first: str, how: str, size: Size
 ) -> None:
     """Blocks whose end races their deadline; what begins and ends them asks asyncio, if it can."""
     watcher = start_watcher(grace=1000)
     blocks = str(size.of(2_500, 50_000, 100_000))
     script = f"{CONNECT}{first}{RACE}"
-    worker = watcher.interpreter("-c", script, blocks, "5", stderr=subprocess.PIPE)
+    worker = watcher.interpreter("-c", script, blocks, "5", how, stderr=subprocess.PIPE)
     out, err = worker.communicate()
     assert (worker.returncode, out, err) == (0, "", "")
     assert {report["outcome"] for report in watcher.reports()} <= {"raised", "recovered"}
@@ -416,86 +444,236 @@ except hangwatch.TimerExpired: print("raised")
         assert (status, out, report["outcome"]) == (0, "raised\n", "raised")
 
 
-# In an interpreter of its own: a forked worker has asyncio from the beginning.
-LATER_IMPORT = """
-import sys, time, hangwatch
-def work(after, seconds):
-    with hangwatch.expires(after, "work"{asked}): time.sleep(seconds)
-work(1000, 0)
-assert "asyncio" not in sys.modules
-import asyncio
-async def task():
-    try: work(0.3, 1000)
-    except hangwatch.UnsupportedError: print("refused")
-asyncio.run(task())
-"""
-
-
-def test_a_task_is_known_also_if_asyncio_is_imported_late(watcher: RunningWatcher) -> None:
-    script = CONNECT + LATER_IMPORT.format(asked=", on_expiry='raise', grace=1000")
-    worker = watcher.interpreter("-c", script)
-    out, _ = worker.communicate()
-    assert (worker.returncode, out) == (0, "refused\n")
-
-
-def test_if_it_is_the_server_s_default_tasks_are_reaped_at_once(
-    watcher_with: StartWatcher,
-) -> None:
-    watcher = watcher_with(on_expiry="raise", grace=1000)
-    worker = watcher.interpreter("-c", CONNECT + LATER_IMPORT.format(asked=""))
-    out, _ = worker.communicate(timeout=LIMIT)
-    assert (worker.returncode, out) == (-15, ""), "without the grace that the exception would have"
-    first, second, _ = watcher.report(pid=worker.pid)["actions"]
-    assert first["result"].startswith("not possible: it would hit whichever asyncio task runs")
-    assert second["action"] == "SIGTERM"
-
-
-OTHERS_DEFAULT = """
-import sys, threading, time, hangwatch
-def hang():
-    with hangwatch.expires(0.3, "other thread"): time.sleep(1000)
-thread = threading.Thread(target=hang); thread.start(); thread.join()
-"""
-
-
-def test_other_threads_are_reaped_and_the_report_says_why(watcher_with: StartWatcher) -> None:
-    watcher = watcher_with(on_expiry="raise", grace=1000)
-    status, _, report = outcome(watcher, OTHERS_DEFAULT)
-    assert (status, report["outcome"]) == (-15, "reaped")
-    assert actions(report)[0] == "raise: not possible: Python raises in the main thread alone"
-
-
-def test_asked_for_where_it_cannot_be_had_it_is_refused(watcher: RunningWatcher) -> None:
-    worker = watcher.connected_worker(
-        """
-import asyncio, threading, hangwatch
-def enter(where):
+RAISES = """
+import time, hangwatch
+class Odd(Exception):
+    def __init__(self, one, another): pass
+for raises in (TimeoutError, KeyboardInterrupt, hangwatch.TimerExpired, Odd):
     try:
-        with hangwatch.expires(60, "x", on_expiry="raise"): print("entered")
-    except hangwatch.UnsupportedError as error: print(where, str(error)[:30])
-async def task():
-    enter("task")
-    async with hangwatch.expires(60, "y"): pass
-enter("main")
-thread = threading.Thread(target=enter, args=["thread"]); thread.start(); thread.join()
-asyncio.run(task())
-enter("main")
-class Own(hangwatch.TimerClient):
-    def acquire(self, scope_id, expiration_time): print("acquired")
-    def release(self, scope_id): pass
-hangwatch.configure(Own())
-enter("own client")
-""",
-    )
+        with hangwatch.expires(0.3, "own", raises=raises, grace=1000): time.sleep(1000)
+    except BaseException as error:
+        cause = error.__cause__
+        print(type(error).__name__, "'own' has taken" in str(error), getattr(cause, "limit", cause))
+"""
+
+
+def test_a_block_may_name_the_exception(watcher: RunningWatcher) -> None:
+    worker = watcher.connected_worker(RAISES)
     out, _ = worker.communicate()
     assert worker.returncode == 0
     assert out.splitlines() == [
-        "entered",
-        "thread on_expiry='raise' can only end",
-        "task on_expiry='raise' would interr",
-        "entered",
-        "own client Own can't pause, nor take on_e",
+        "TimeoutError True 0.3",
+        "KeyboardInterrupt True 0.3",
+        "TimerExpired True None",
+        "TimerExpired True None",  # one that can't be made of a message
     ]
+    reports = watcher.wait_for_reports(4, pid=worker.pid)
+    assert [report["outcome"] for report in reports] == ["raised"] * 4
+
+
+# Where nothing can be raised: each has a function `hang(seconds)` that is in the block so long.
+THREAD = """
+import threading, time, hangwatch
+def hang(seconds):
+    def work():
+        with hangwatch.expires(0.3, "elsewhere"{choices}): time.sleep(seconds)
+    thread = threading.Thread(target=work); thread.start(); thread.join()
+"""
+TASK = """
+import asyncio, time, hangwatch
+def hang(seconds):
+    async def work():
+        async with hangwatch.expires(0.3, "elsewhere"{choices}): await asyncio.sleep(seconds)
+    async def main():
+        task = asyncio.create_task(work())
+        while not task.done():
+            try: spin(0.01); await asyncio.sleep(0)
+            except hangwatch.TimerExpired: print("a neighbour was hit")
+        await task
+    asyncio.run(main())
+"""
+# In an interpreter of its own: a forked worker has asyncio from the beginning.
+LATE_ASYNCIO = """
+import sys, time, hangwatch
+def work(after, seconds):
+    with hangwatch.expires(after, "elsewhere"{choices}): time.sleep(seconds)
+work(1000, 0)
+assert "asyncio" not in sys.modules
+def hang(seconds):
+    import asyncio
+    async def task(): work(0.3, seconds)
+    asyncio.run(task())
+"""
+TRIO = """
+import time, hangwatch, trio
+def hang(seconds):
+    async def work():
+        with hangwatch.expires(0.3, "elsewhere"{choices}): await trio.sleep(seconds)
+        nursery.cancel_scope.cancel()
+    async def neighbour():
+        while True:
+            try: spin(0.01); await trio.sleep(0)
+            except hangwatch.TimerExpired: print("a neighbour was hit")
+    async def main():
+        global nursery
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(work)
+            nursery.start_soon(neighbour)
+    trio.run(main)
+"""
+GREENLET = """
+import time, hangwatch
+from greenlet import greenlet
+def hang(seconds):
+    def work():
+        with hangwatch.expires(0.3, "elsewhere"{choices}): main.switch()
+    main = greenlet.getcurrent()
+    other = greenlet(work); other.switch()
+    try: spin(seconds)
+    except hangwatch.TimerExpired: print("a neighbour was hit")
+    other.switch()
+"""
+NO_SIGNAL = """
+import signal, time, hangwatch
+for number in range(signal.SIGRTMIN, signal.SIGRTMAX + 1): signal.signal(number, lambda *_: None)
+def hang(seconds):
+    with hangwatch.expires(0.3, "elsewhere"{choices}): spin(seconds)
+"""
+GENERATOR = """
+import time, hangwatch
+def hang(seconds):
+    def work():
+        with hangwatch.expires(0.3, "elsewhere"{choices}): yield
+    generator = work(); next(generator)
+    try: spin(seconds)
+    except hangwatch.TimerExpired: print("a neighbour was hit")
+    next(generator, None)
+"""
+ELSEWHERE = {
+    "thread": (THREAD, "not possible: Python raises in the main thread alone"),
+    "task": (TASK, "not possible: it would hit whichever task of the event loop runs"),
+    "asyncio imported late": (LATE_ASYNCIO, "not possible: it would hit whichever task"),
+    "trio": (TRIO, "not possible: it would hit whichever task of the event loop runs"),
+    "greenlet": (GREENLET, "not possible: it would hit whichever task of the event loop runs"),
+    "no free signal": (NO_SIGNAL, "not possible: the worker has no signal for it"),
+    "generator that waits": (GENERATOR, "asked"),
+}
+SPIN = """
+import time
+def spin(seconds):
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until: pass
+"""
+
+
+@pytest.fixture(params=list(ELSEWHERE))
+def elsewhere(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Return a program whose block can't be raised in, and what a report says of that."""
+    if request.param in ("trio", "greenlet"):
+        pytest.importorskip(request.param)
+    script, why = ELSEWHERE[request.param]
+    return SPIN + script, why
+
+
+def test_where_it_can_t_be_raised_the_worker_has_its_grace_and_is_reaped(
+    watcher: RunningWatcher, watcher_with: StartWatcher, elsewhere: tuple[str, str]
+) -> None:
+    """Be it that the block asks for it, or that the server has it for all."""
+    script, why = elsewhere
+    servers = watcher_with(on_expiry="raise", grace=0.5)
+    for server, choices in ((watcher, ", on_expiry='raise', grace=0.5"), (servers, "")):
+        hangs = f"{CONNECT}{script.format(choices=choices)}hang(1000)\n"
+        worker = server.interpreter("-c", hangs)
+        out, _ = worker.communicate(timeout=LIMIT)
+        report = server.report(pid=worker.pid)
+        assert (out, report["outcome"]) == ("", "reaped")
+        assert died_of_sigterm(worker.returncode, report)
+        first, second, *_ = report["actions"]
+        assert (first["action"], second["action"]) == ("raise", "SIGTERM")
+        assert first["result"].startswith(why)
+        assert second["at_s"] - first["at_s"] >= 0.4, "the first has waited for an answer"
+
+
+def test_where_it_can_t_be_raised_nothing_fails_and_who_leaves_in_the_grace_lives(
+    watcher: RunningWatcher, elsewhere: tuple[str, str]
+) -> None:
+    script, _ = elsewhere
+    healthy = script.format(choices=", on_expiry='raise', grace=1000")
+    ends = "hang(0)\nhang(1)\nprint('survived')\ninput()\n"
+    worker = watcher.interpreter(
+        "-c", f"{CONNECT}{healthy}{ends}", stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    report = watcher.report(pid=worker.pid)
+    out, err = worker.communicate("\n", timeout=LIMIT)
+    assert (worker.returncode, out, err) == (0, "survived\n", "")
+    assert report["outcome"] == "recovered"
+
+
+def test_in_a_generator_that_goes_on_it_is_raised(watcher: RunningWatcher) -> None:
+    """Its block is open while its consumer is at work, who is not hit."""
+    status, out, report = outcome(
+        watcher,
+        SPIN
+        + """
+import time, hangwatch
+def rows():
+    with hangwatch.expires(0.3, "rows", on_expiry="raise", grace=1000):
+        yield
+        time.sleep(1000)
+generator = rows()
+next(generator)
+try: spin(0.6)
+except hangwatch.TimerExpired: print("the consumer was hit")
+try: next(generator)
+except hangwatch.TimerExpired: print("raised in the generator")
+""",
+    )
+    assert (status, out, report["outcome"]) == (0, "raised in the generator\n", "raised")
+
+
+def test_a_client_of_one_s_own_can_t_do_it(watcher: RunningWatcher) -> None:
+    class Own(hangwatch.TimerClient):
+        def acquire(self, scope_id: str, expiration_time: float) -> None:
+            raise AssertionError("acquired")
+
+        def release(self, scope_id: str) -> None:
+            raise AssertionError("released")
+
+    for choices in ({"on_expiry": "raise"}, {"raises": TimeoutError}):
+        block = hangwatch.expires(60, client=Own(), **choices)  # type: ignore[arg-type]
+        with pytest.raises(hangwatch.UnsupportedError, match="Own can't pause, nor take on_e"):
+            block.__enter__()
+
+
+TRACED = """
+import sys, time, hangwatch
+def work():
+    with hangwatch.expires(0.6, "soft", on_expiry="raise", grace=1000):
+        time.sleep(0.1)
+    return "left"
+first, seen = work.__code__.co_firstlineno, []
+def local(frame, event, argument):
+    if event == "line":
+        seen.append(frame.f_lineno - first)
+        if seen == [1, 2, 1]:  # at the line of the `with` again: about to leave it
+            until = time.monotonic() + 1
+            while time.monotonic() < until: time.sleep(0.01)
+    return local
+sys.settrace(lambda frame, event, argument: local if frame.f_code is work.__code__ else None)
+print(work())
+assert sys.gettrace() is not None
+sys.settrace(None)
+input()
+"""
+
+
+def test_a_trace_function_at_the_block_s_end_is_not_hit(watcher: RunningWatcher) -> None:
+    """What it raised would skip the block's `__exit__`, and end the tracing."""
+    worker = watcher.connected_worker(TRACED, stdin=subprocess.PIPE)
+    report = watcher.report(pid=worker.pid)
+    out, _ = worker.communicate("\n")
+    assert (worker.returncode, out) == (0, "left\n")
+    assert report["outcome"] == "recovered"
 
 
 def test_a_program_that_takes_the_signal_for_itself_is_reaped(watcher: RunningWatcher) -> None:

@@ -146,7 +146,7 @@ class WorkerClient:
     def _prepare_to_raise(self) -> None:
         """Let the watcher interrupt the main thread; does nothing in others."""
         number = soft_ending.install()
-        if number:
+        if number is not None:
             self.page.words[layout.RAISE_SIGNAL] = number
 
     def ring(self) -> bool:

@@ -12,8 +12,9 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from time import monotonic
-from types import FrameType
+from types import CodeType, FrameType
 
 from hangwatch.errors import TimerExpired
 from hangwatch.page import layout
@@ -70,7 +71,11 @@ class _Raisable:
         expired = TimerExpired(self._name, limit, now - self.entered())
         if self._raises is None or self._raises is TimerExpired:
             raise expired
-        raise self._raises(str(expired)) from expired
+        try:
+            own = self._raises(str(expired))
+        except Exception:  # it wants other arguments
+            raise expired from None
+        raise own from expired
 
 
 class _Handler:
@@ -80,10 +85,10 @@ class _Handler:
     blocks: list[_Raisable] = []  # noqa: RUF012  # replaced as a whole
 
 
-def install() -> int:
-    """Catch a signal, the first time; return its number, 0 if none is free, or not here."""
+def install() -> int | None:
+    """Catch a signal, the first time; return its number, 0 if none is free, None in a thread."""
     if threading.current_thread() is not threading.main_thread():
-        return 0
+        return None
     # A program that took the signal since then has it.
     if not _Handler.number or signal.getsignal(_Handler.number) is not _raise:
         _Handler.number = next(iter(free_signals()), 0)
@@ -106,7 +111,7 @@ def _raise(number: int, frame: FrameType | None) -> None:
     now = monotonic()
     overdue = [block for block in _Handler.blocks if block.is_overdue(now)]
     # If nothing has ended, the watcher asks again.
-    if not overdue or _is_between(frame):
+    if not overdue or _is_between(frame) or _is_unguarded(frame):
         return
     inside: list[_Raisable] = []
     outermost: _Raisable | None = None
@@ -145,6 +150,41 @@ def _is_between(frame: FrameType | None) -> bool:
     while frame is not None and frame.f_globals.get("__name__") in _CALLED:
         frame = frame.f_back
     return frame is not None and _is_ours(frame)
+
+
+def _is_unguarded(frame: FrameType | None) -> bool:
+    """Tell whether a ``with`` or ``try`` around an instruction would miss what is raised there.
+
+    CPython 3.13 leaves the jump back of a loop out of what surrounds it (cpython#130279), 3.14
+    the step between ``__enter__`` and the block (#148874).
+    """
+    if frame is None:
+        return False
+    code, at = frame.f_code, frame.f_lasti
+    handler = _handler_at(code, at)
+    enters = any(b.frame == (id(frame), id(code)) for b in _Handler.blocks if b.deadline())
+    return handler is None if enters else handler != _handler_at(code, at - 2)
+
+
+def _handler_at(code: CodeType, at: int) -> int | None:
+    """Return where a function catches what an instruction raises; None: it does not.
+
+    Source: CPython, InternalDocs/exception_handling.md, "Format of the exception table".
+    """
+    numbers = _numbers_in(code.co_exceptiontable)
+    for start, length, handler, _ in zip(numbers, numbers, numbers, numbers, strict=True):
+        if start <= at // 2 < start + length:
+            return handler
+    return None
+
+
+def _numbers_in(table: bytes) -> Iterator[int]:
+    number = 0
+    for byte in table:
+        number = number << 6 | byte & 63
+        if not byte & 64:
+            yield number
+            number = 0
 
 
 def _is_tracing(frame: FrameType) -> bool:
