@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # They call what is timed from within a ``with`` of their own, as anybody does.
 _CALLERS = ("hangwatch.worker.decorated", "hangwatch.worker.iteration")
 # Python code that ours calls while it begins or ends a block.
-_CALLED = ("asyncio.tasks", "asyncio.events", "threading", "weakref")
+_CALLED = ("asyncio.tasks", "asyncio.events", "threading")
 
 
 class _Raisable:
@@ -138,11 +138,14 @@ def _who_enters() -> FrameType:
 
 
 def _is_ours(frame: FrameType) -> bool:
-    """Tell whether a frame is of our code, or an ExitStack's, and not one that calls a user's."""
+    """Tell whether a frame is of our code, and not one that calls a user's.
+
+    So is what `ExitStack` and `@contextmanager` do; and weakref's, where an exception is ignored.
+    """
     module = str(frame.f_globals.get("__name__", ""))
     if module in _CALLERS:
         return False
-    return module == "contextlib" or module.startswith("hangwatch.")
+    return module in ("contextlib", "weakref") or module.startswith("hangwatch.")
 
 
 def _is_between(frame: FrameType | None) -> bool:
