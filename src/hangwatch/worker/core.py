@@ -124,6 +124,13 @@ class _Thread:
                     homes.pop(key, None)
                 home.give_back()
 
+    def forget_ended(self) -> None:
+        """Give back the slots of blocks that ended by their object's end; called by the thread."""
+        for slot in self.open:
+            if slot.is_lost():
+                slot.slots.give_back(slot)
+        self.open = [slot for slot in self.open if slot.given and slot.words[slot.at]]
+
 
 class _ThreadEnd:
     """Lives in thread-local storage alone, so that it dies with the thread."""
@@ -136,6 +143,7 @@ class _ThreadEnd:
         # pages are still its parent's then. At the interpreter's end nothing is left of us.
         if _ended is False and _token[0]:
             self.thread.forget_keys(for_good=True)
+            self.thread.forget_ended()
 
 
 class _PerThread(threading.local):
@@ -484,7 +492,7 @@ def _arm(block: Expiration, slot: Slot, task: float) -> None:
     slot.end = ref(block, partial(reduce, slot.disarm, filter(None, _token)))
     thread.order = slot.order = thread.order + 1
     if len(thread.open) >= _MOST_NOTED:
-        thread.open = [other for other in thread.open if other.words[other.at]]
+        thread.forget_ended()
     thread.open.append(slot)
     if slot.task != task:
         slot.task = words[at + layout.TASK] = task
@@ -601,8 +609,8 @@ def ask_asyncio(running_loop: Callable[[], object], tasks: Tasks) -> None:
 
 def forget_keys() -> None:
     """Make every thread ask again at its next blocks."""
-    global _local
-    _local = _PerThread()
+    for thread in _alive(_threads):
+        thread.forget_keys(for_good=True)
 
 
 def forks() -> int:
