@@ -641,7 +641,7 @@ def test_a_client_of_one_s_own_can_t_do_it(watcher: RunningWatcher) -> None:
             raise AssertionError("released")
 
     for choices in ({"on_expiry": "raise"}, {"raises": TimeoutError}):
-        block = hangwatch.expires(60, client=Own(), **choices)  # type: ignore[arg-type]
+        block = hangwatch.expires(60, client=Own(), **choices)
         with pytest.raises(hangwatch.UnsupportedError, match="Own can't pause, nor take on_e"):
             block.__enter__()
 

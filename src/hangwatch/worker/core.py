@@ -102,13 +102,15 @@ class _Thread:
     Attributes:
         homes: by the keys that are entered without asking.
         asked: by the others, and their page.
+        ident: whose it is; it gets another one of these when its keys are forgotten.
         open: slots that are armed, or were.
         order: how many blocks it has entered.
     """
 
-    __slots__ = ("__weakref__", "asked", "homes", "open", "order")
+    __slots__ = ("__weakref__", "asked", "homes", "ident", "open", "order")
 
     def __init__(self) -> None:
+        self.ident = threading.get_ident()
         self.homes: dict[Hashable, _Home] = {}
         self.asked: dict[Hashable, _Home] = {}
         self.open: list[Slot] = []
@@ -632,9 +634,9 @@ def end() -> None:
     """
     global _ended
     _ended = True
-    own = _local.thread
+    own = threading.get_ident()
     for thread in _alive(_threads):
-        for slot in () if thread is own else list(thread.open):
+        for slot in () if thread.ident == own else list(thread.open):
             slot.words[slot.at] = 0.0
 
 

@@ -250,6 +250,6 @@ core.Expiration.__call__ = _decorate
 if not TYPE_CHECKING:  # the same, and quick where nothing but a limit and a name is given
     expires = core.expires
 os.register_at_fork(after_in_child=_after_fork)
-atexit.register(core.end)
+atexit.register(handle.end)
 if problem is not None:
     warn(f"{problem}; blocks cost more until then")
