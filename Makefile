@@ -31,7 +31,7 @@ help:
 	@echo "make test       run the tests: two minutes"
 	@echo "make test-all   run what that leaves out: half an hour; SHORT=1: as CI does"
 	@echo "make cases      run the programs of CASES=../shared/cases on Python 3.11, 3.12 and 3.13"
-	@echo "make check      ruff, mypy, and which room imports which"
+	@echo "make check      ruff, mypy, which room imports which, and code that is there twice"
 	@echo "make model      check the protocol's model with Spin (needs spin and gcc)"
 	@echo "make interop    what needs torch 2.13.0: a torchrun job that hangs and goes on, and"
 	@echo "                that PyTorch still breaks what tests/conformance shows"
@@ -95,6 +95,7 @@ check: $(CHECK)/ready
 	$(CHECK)/bin/ruff format --check .
 	$(CHECK)/bin/mypy
 	$(CHECK)/bin/lint-imports --no-cache
+	$(CHECK)/bin/pylint src/hangwatch tests benchmarks examples
 
 model:
 	$(python_is_usable)

@@ -11,41 +11,7 @@ import pytest
 
 import hangwatch
 import hangwatch.timer
-
-OF_TORCH = {
-    "hangwatch.timer": {
-        "FileTimerClient",
-        "FileTimerRequest",
-        "FileTimerServer",
-        "LocalTimerClient",
-        "LocalTimerServer",
-        "TimerClient",
-        "TimerRequest",
-        "TimerServer",
-        "configure",
-        "expires",
-    },
-    "hangwatch.timer.api": {
-        "RequestQueue",
-        "TimerClient",
-        "TimerRequest",
-        "TimerServer",
-        "configure",
-        "expires",
-    },
-    "hangwatch.timer.local_timer": {
-        "LocalTimerClient",
-        "LocalTimerServer",
-        "MultiprocessingRequestQueue",
-    },
-    "hangwatch.timer.file_based_local_timer": {
-        "FileTimerClient",
-        "FileTimerRequest",
-        "FileTimerServer",
-    },
-    "hangwatch.timer.debug_info_logging": {"log_debug_info_for_expired_timers"},
-}
-"""Public names of torch.distributed.elastic.timer 2.13 by module; tests/interop compares them."""
+from support.torch_names import OF_TORCH
 
 
 def python(script: str) -> str:

@@ -9,19 +9,10 @@ from pathlib import Path
 
 import pytest
 
-NAMES = [
-    "FileTimerClient",
-    "FileTimerRequest",
-    "FileTimerServer",
-    "LocalTimerClient",
-    "LocalTimerServer",
-    "TimerClient",
-    "TimerRequest",
-    "TimerServer",
-    "configure",
-    "expires",
-]
+from support.torch_names import OF_TORCH
+
 TIMER = "torch.distributed.elastic.timer"
+NAMES = sorted(OF_TORCH["hangwatch.timer"])
 
 
 @pytest.fixture
