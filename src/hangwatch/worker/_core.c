@@ -91,9 +91,7 @@ struct State {
     Slots *all;
     Thread *threads;
 };
-
 static _Thread_local Thread *this_thread;
-
 static inline double load(Word *word) { return atomic_load_explicit(word, memory_order_relaxed); }
 static inline void store(Word *word, double value) {
     atomic_store_explicit(word, value, memory_order_release);
@@ -103,7 +101,6 @@ static inline double monotonic(void) {
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
 }
-/* ---- forks */
 
 /* The first look of a forked child, whoever forked it: the pages are its own from here on. */
 static void __attribute__((noinline)) forget_parent(State *state) {
@@ -126,30 +123,34 @@ static void give_back(Slots *slots, Slot *slot) {
     slot->key = NULL; slot->next = slots->free;
     slots->free = slot;
 }
-/* Forget a thread's keys but those of open blocks; of one page, or of all. */
-static void drop_keys(Thread *thread, Slots *only) {
+/* Take from a thread its keys but those of open blocks; of one page, or of all. */
+static Key *take_keys(Thread *thread, Slots *only, Key *taken) {
     for (int i = 0; i < BUCKETS; i++)
         for (Key **at = &thread->table[i], *key; (key = *at);) {
             if (key->open || (only && key->slots != only)) { at = &key->next; continue; }
             *at = key->next;
+            key->next = taken; taken = key;
             thread->keys--;
-            for (Slot *slot; (slot = key->free);) {
-                key->free = slot->next;
-                give_back(key->slots, slot);
-            }
-            Py_DECREF(key->scope);
-            Py_XDECREF(key->asked);
-            Py_DECREF((PyObject *)key->slots);
-            PyMem_Free(key);
+            for (Slot *slot; (slot = key->free); give_back(key->slots, slot)) key->free = slot->next;
         }
+    return taken;
 }
-/* Free a thread that has ended, once its last block has. */
-static void free_if_done(Thread *thread) {
-    Thread **at = &thread->state->threads;
-    if (!thread->dead || thread->keys) return;
-    while (*at != thread) at = &(*at)->next;
-    *at = thread->next;
-    PyMem_Free(thread);
+/* Only after all else, for it may run code of others. */
+static void free_keys(Key *taken) {
+    for (Key *key; (key = taken); PyMem_Free(key)) {
+        taken = key->next;
+        Py_DECREF(key->scope); Py_XDECREF(key->asked); Py_DECREF((PyObject *)key->slots);
+    }
+}
+static void drop_keys(Thread *thread, Slots *only) {
+    Key *taken = take_keys(thread, only, NULL);
+    if (thread->dead && !thread->keys) { /* its last block has ended */
+        Thread **at = &thread->state->threads;
+        while (*at != thread) at = &(*at)->next;
+        *at = thread->next;
+        PyMem_Free(thread);
+    }
+    free_keys(taken);
 }
 static void thread_ends(PyObject *capsule) {
     Thread *thread = PyCapsule_GetPointer(capsule, CAPSULE);
@@ -158,7 +159,6 @@ static void thread_ends(PyObject *capsule) {
     thread->dead = 1;
     Py_CLEAR(thread->kept);
     drop_keys(thread, NULL);
-    free_if_done(thread);
 }
 static Thread *find_thread(State *state) {
     PyObject *dict = PyThreadState_GetDict(), *name = (PyObject *)state->block_type;
@@ -206,10 +206,11 @@ static Key *new_key(Thread *thread, Block *block, Slots *slots) {
     return key;
 }
 static Slot *free_slot(Slots *slots) {
+    Key *taken = NULL;
     if (!slots->free && slots->given_out >= slots->capacity)
         /* Those that other scopes keep for their next blocks. */
         for (Thread *thread = slots->state->threads; thread; thread = thread->next)
-            drop_keys(thread, slots);
+            taken = take_keys(thread, slots, taken);
     Slot *slot = slots->free;
     if (slot) slots->free = slot->next;
     else if (slots->given_out < slots->capacity) {
@@ -217,6 +218,7 @@ static Slot *free_slot(Slots *slots) {
         slot->words = slots->words + slots->first / 8 + slots->given_out++ * (SLOT_BYTES / 8);
         store(slots->words + SLOTS_IN_USE, (double)slots->given_out);
     }
+    free_keys(taken);
     return slot;
 }
 /* ---- arming and disarming */
@@ -317,13 +319,11 @@ static void disarm(Block *block, int left) {
     key->free = slot;
     if (--key->open == 0 && __builtin_expect(thread->dead || key->epoch != state->epoch, 0)) {
         drop_keys(thread, key->slots);
-        free_if_done(thread);
         return;
     }
     if (__builtin_expect(skipped, 0)) note_skipped(state, thread, order);
 }
 /* ---- blocks */
-
 /* Raise the error that Python has for it. */
 static PyObject *refuse(State *state, const char *name) {
     PyObject *error = PyObject_CallMethod(state->hooks, name, NULL);
@@ -331,7 +331,6 @@ static PyObject *refuse(State *state, const char *name) {
     Py_XDECREF(error);
     return NULL;
 }
-
 static PyObject *new_block(State *state, double after, PyObject *scope, Py_hash_t hash, int lasti,
                            PyObject *asked) {
     Block *block = state->spare;
@@ -576,7 +575,8 @@ static PyObject *slots_arm(PyObject *self, PyObject *args) {
     if (slots->closed) Py_RETURN_FALSE;
     Thread *thread = this_thread;
     if ((!thread || thread->state != state) && !(thread = find_thread(state))) return NULL;
-    if (thread->epoch != state->epoch) { drop_keys(thread, NULL); thread->epoch = state->epoch; }
+    if (thread->epoch != state->epoch) drop_keys(thread, NULL);
+    thread->epoch = state->epoch;
     Key *key = find_key(thread, block, slots);
     if (!key && !(key = new_key(thread, block, slots))) return NULL;
     key->limit = limit;
