@@ -23,7 +23,7 @@ INTEROP := .venv-interop
 FUZZ := .venv-fuzz
 BUILT_OF := pyproject.toml setup.py src/hangwatch/worker/_core.c
 
-.PHONY: help demo test test-all cases check model interop conformance-table zoo bench-arm \
+.PHONY: help demo test test-all cases check model interop conformance-table zoo bench \
 	bench-handover fuzz soak stress-kills clean
 
 help:
@@ -37,7 +37,7 @@ help:
 	@echo "                that PyTorch still breaks what tests/conformance shows"
 	@echo "make conformance-table         run tests/conformance, write the table in docs/"
 	@echo "make zoo N=20   meet every program of the hang zoo N times, print the lateness"
-	@echo "make bench-arm  what a block costs"
+	@echo "make bench      what a block costs, in every pattern, beside what others offer"
 	@echo "make bench-handover            how long nobody watches after the watcher's death"
 	@echo "make fuzz SECONDS=30           what strangers may send, made up at random; SEED=N: once more"
 	@echo "make soak SECONDS=600 SEED=7   real workers under real faults, and a proof of what happened"
@@ -118,8 +118,9 @@ conformance-table: $(INTEROP)/ready
 zoo: $(VENV)/ready
 	PYTHONPATH=tests $(VENV)/bin/python -m zoo $(N)
 
-bench-arm: $(VENV)/ready
-	$(VENV)/bin/python benchmarks/arm.py
+# Beside PyTorch's pair, too, once `make interop` has installed it.
+bench: $(VENV)/ready
+	$(if $(wildcard $(INTEROP)/ready),$(INTEROP),$(VENV))/bin/python benchmarks/blocks.py
 
 bench-handover: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/handover.py

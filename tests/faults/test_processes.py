@@ -173,7 +173,7 @@ def test_a_worker_that_ends_inside_of_a_block_is_no_incident(watcher: RunningWat
 @pytest.mark.skipif(shutil.which("strace") is None, reason="no strace to count with")
 def test_the_quiet_path_makes_no_system_call() -> None:
     """The benchmark's own count."""
-    benchmark = Path(__file__).parents[2] / "benchmarks" / "arm.py"
+    benchmark = Path(__file__).parents[2] / "benchmarks" / "blocks.py"
     result = subprocess.run(
         [sys.executable, str(benchmark), "--system-calls"],
         capture_output=True,

@@ -317,11 +317,9 @@ static void disarm(Block *block, int left) {
     else thread->newest = slot->older;
     slot->next = key->free;
     key->free = slot;
-    if (--key->open == 0 && __builtin_expect(thread->dead || key->epoch != state->epoch, 0)) {
-        drop_keys(thread, key->slots);
-        return;
-    }
     if (__builtin_expect(skipped, 0)) note_skipped(state, thread, order);
+    if (--key->open == 0 && __builtin_expect(thread->dead || key->epoch != state->epoch, 0))
+        drop_keys(thread, key->slots);
 }
 /* ---- blocks */
 /* Raise the error that Python has for it. */
