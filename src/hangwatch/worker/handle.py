@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from hangwatch.worker.core import Expiration
 
 
+class _Interpreter:
+    ends = False
+
+
+def end() -> None:
+    """The interpreter ends: see `core.end`."""
+    _Interpreter.ends = True
+    core.end()
+
+
 def renew(block: Expiration, after: float | None = None) -> None:
     """Give an open block another interval; see `Expiration.renew`."""
     limit = None if after is None else checked_limit(after)
@@ -85,6 +95,8 @@ def _place(block: Expiration) -> tuple[OwnPage | None, int, float]:
     if place is None and _ended:  # it is unwatched, as all that begin then
         return None, 0, 0.0
     if place is None:
+        if _Interpreter.ends:  # blocks are not armed any more
+            return None, 0, 0.0
         raise HangwatchError(
             "this timer's block is not open: renew, cancel and ask for what remains within it"
         )
