@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from math import inf
 from time import monotonic
 from typing import Any
@@ -34,6 +35,8 @@ from support.one_worker import ALL, LOOPING, PLACES, TASKS, THREADS, Answer, Con
 from support.sizes import Size, short_and_long
 
 STEPS_OF_A_RUN = 100
+
+pytestmark = pytest.mark.core
 
 
 def _of(find: Callable[[Any], Any]) -> st.SearchStrategy[Any]:
@@ -150,9 +153,19 @@ class OneWorker(RuleBasedStateMachine):
     def enter_a_pause(self, who: str, scope: str, limit: float, how: How) -> None:
         self.enter_a_new(who, True, scope, limit, how)
 
-    @rule(handle=HANDLE, how=HOW)
-    def enter_again(self, handle: tuple[str, Timer], how: How) -> None:
-        self.enter(*handle, how)
+    @rule(handle=HANDLE)
+    def enter_again(self, handle: tuple[str, Timer]) -> None:
+        """One object is one block."""
+        answer, _ = self.tell(handle[0], "__enter__", timer=handle[1].name, arguments=())
+        assert answer["refused"] is hangwatch.HangwatchError
+
+    @rule(handle=HANDLE)
+    def leave_one(self, handle: tuple[str, Timer]) -> None:
+        """Call ``__exit__`` by hand, in any thread or task; the statement's own does nothing."""
+        who, timer = handle
+        _, at = self.tell(who, "__exit__", timer=timer.name, arguments=(None, None, None))
+        in_loop = self.loop_runs and who == LOOPING
+        self.model.leave_one(who, timer, at, in_loop=in_loop)
 
     @rule(leaving=LEAVING, by_exception=st.booleans())
     def leave(self, leaving: tuple[str, int], by_exception: bool) -> None:
@@ -172,24 +185,15 @@ class OneWorker(RuleBasedStateMachine):
                 self.leave((who, len(blocks) - pauses[0]), by_exception)
                 self.the_page_says_the_same()
 
-    @rule(
-        who=ANYBODY,
-        levels=st.integers(1, 3),
-        by_exception=st.booleans(),
-        new=st.booleans(),
-        how=HOW,
-    )
-    def go_round(self, who: str, levels: int, by_exception: bool, new: bool, how: How) -> None:
+    @rule(who=ANYBODY, levels=st.integers(1, 3), by_exception=st.booleans(), how=HOW)
+    def go_round(self, who: str, levels: int, by_exception: bool, how: How) -> None:
         """Leave blocks and enter the same again, as a loop does."""
         timers = [block.timer for block in self.model.blocks[who][-levels:]]
         if timers:
             self.leave((who, len(timers)), by_exception)
         for timer in timers:
             self.the_page_says_the_same()
-            if new:
-                self.enter_a_new(who, timer.pauses, timer.scope, timer.limit, how)
-            else:
-                self.enter(who, timer, how)
+            self.enter_a_new(who, timer.pauses, timer.scope, timer.limit, how)
 
     def start(self, who: str) -> None:
         if who in TASKS:
@@ -229,7 +233,7 @@ class OneWorker(RuleBasedStateMachine):
     ) -> tuple[Block | None, Answer, Between]:
         """Use a timer; return the block whose timer it is, if it does what it is told."""
         answer, at = self.tell(who, do, timer=timer.name, arguments=arguments)
-        block = self.model.handled(who, timer)
+        block = self.model.block_of(timer)
         refused: type[Exception] | None = None
         if block is None:
             refused = hangwatch.HangwatchError
@@ -272,20 +276,30 @@ class OneWorker(RuleBasedStateMachine):
         armed = self.armed()
         assert armed.keys() == {block.slot for block in self.model.open()}
         assert len({slot.index for slot in armed.values()}) == len(self.model.open())
-        for who, blocks in self.model.blocks.items():
+        tasks: dict[str, set[float]] = {}
+        for who in self.model.blocks:
             chain: list[tuple[str, float, int, str]] = []
+            blocks = self.model.open_of(who)
+            # What was overdue when a pause began is not moved when it ends.
+            is_in_order = all(a.entered.high <= b.entered.low for a, b in pairwise(blocks))
             for block in blocks:
                 slot = armed[block.slot]
                 thread = LOOPING if who in TASKS else who
                 name = block.timer.scope
                 chain.insert(0, (name, block.timer.limit, self.idents[who], thread))
-                assert [_said(details) for details in self.reader.chain(slot)] == chain
+                if is_in_order:
+                    assert [_said(details) for details in self.reader.chain(slot)] == chain
                 details = self.reader.details(slot)
                 assert details is not None
                 assert self.reader.pauses(slot) == details.pauses == block.timer.pauses
-                assert self.reader.is_in_task(slot) == (who in TASKS)
+                assert self.reader.was_skipped(slot) == block.is_skipped
+                tasks.setdefault(who, set()).add(self.reader.task(slot))
                 assert slot.deadline in block.deadline
                 self.check_spent(block, slot)
+        found = [task for who in tasks if who in TASKS for task in tasks[who]]
+        assert len(set(found)) == len(found), "one for all blocks of a task, each another one"
+        assert 0.0 not in found
+        assert all(tasks[who] == {0.0} for who in tasks if who in THREADS)
         paused = any(block.timer.pauses for block in self.model.open())
         assert self.reader.is_paused() == paused
 

@@ -35,9 +35,8 @@ def test_a_storm_of_exceptions_leaves_nothing_armed(kind: str, size: Size) -> No
     count = json.loads(result.stdout)
     assert count["hits"] >= hits
     assert count["stuck"] == {}
-    assert count["watched"]
-    # In plain Python, an interruption can keep a slot from being used again.
-    assert is_pure() or count["in_use"] < 64
+    # In plain Python, an interruption can keep a slot from being used again: see `core`.
+    assert is_pure() or (count["watched"] and count["in_use"] < 64)
 
 
 def is_pure() -> bool:

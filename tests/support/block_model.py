@@ -56,7 +56,12 @@ class Timer:
 
 @dataclass
 class Block:
-    """An open block. Its times are moved by pauses as if it had begun later."""
+    """A block, until its statement ends. Its times are moved by pauses as if it had begun later.
+
+    Attributes:
+        is_open: False once `__exit__` was called by hand.
+        is_skipped: whether one that its thread entered earlier was left before it.
+    """
 
     timer: Timer
     entered: Between
@@ -64,6 +69,8 @@ class Block:
     interval: float
     is_renewed: bool = False
     is_cancelled: bool = False
+    is_open: bool = True
+    is_skipped: bool = False
     slot: tuple[int, float] = (-1, 0.0)
 
     @property
@@ -75,8 +82,10 @@ class Block:
     def renew(self, interval: float | None, at: Between) -> None:
         self.interval = self.timer.limit if interval is None else interval
         self.began, self.is_renewed, self.is_cancelled = at, True, False
+        self.is_skipped = False
 
     def cancel(self) -> None:
+        self.is_skipped = False
         self.interval, self.is_renewed, self.is_cancelled = self.timer.limit, True, True
 
     def go_on(self, since: Between, until: Between) -> None:
@@ -88,7 +97,7 @@ class Block:
 
 @dataclass
 class Model:
-    """What must be so: the open blocks of each thread and task, outermost first."""
+    """What must be so: the blocks of each thread and task, outermost first."""
 
     blocks: dict[str, list[Block]] = field(
         default_factory=lambda: {who: [] for who in (*THREADS, *TASKS)}
@@ -96,7 +105,10 @@ class Model:
     paused_since: Between | None = None
 
     def open(self) -> list[Block]:
-        return [block for blocks in self.blocks.values() for block in blocks]
+        return [block for who in self.blocks for block in self.open_of(who)]
+
+    def open_of(self, who: str) -> list[Block]:
+        return [block for block in self.blocks[who] if block.is_open]
 
     def enter(self, who: str, timer: Timer, at: Between) -> Block:
         if timer.pauses and self.paused_since is None:
@@ -107,17 +119,26 @@ class Model:
 
     def leave(self, who: str, levels: int, at: Between) -> None:
         for _ in range(min(levels, len(self.blocks[who]))):
-            self.blocks[who].pop()
-            since = self.paused_since
-            if since is not None and not any(block.timer.pauses for block in self.open()):
-                self.paused_since = None
-                for block in self.open():
-                    block.go_on(since, at)
+            self._end(self.blocks[who].pop(), at)
 
-    def handled(self, who: str, timer: Timer) -> Block | None:
-        """Return the block that a timer is the handle of: the innermost one here, or the only."""
-        here = [block for block in self.blocks[who] if block.timer is timer]
-        anywhere = [block for block in self.open() if block.timer is timer]
-        if here:
-            return here[-1]
-        return anywhere[0] if len(anywhere) == 1 else None
+    def leave_one(self, who: str, timer: Timer, at: Between, *, in_loop: bool) -> None:
+        """Leave a block by hand, whichever it is; in a thread, what is inside of it is skipped."""
+        block = self.block_of(timer)
+        if block is None:
+            return
+        if who in THREADS and not in_loop and block in self.blocks[who]:
+            for inner in self.blocks[who][self.blocks[who].index(block) + 1 :]:
+                inner.is_skipped = True
+        self._end(block, at)
+
+    def _end(self, block: Block, at: Between) -> None:
+        block.is_open = False
+        since = self.paused_since
+        if since is not None and not any(other.timer.pauses for other in self.open()):
+            self.paused_since = None
+            for other in self.open():
+                other.go_on(since, at)
+
+    def block_of(self, timer: Timer) -> Block | None:
+        """Return a timer's block, if it is open."""
+        return next((block for block in self.open() if block.timer is timer), None)

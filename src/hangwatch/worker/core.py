@@ -365,12 +365,13 @@ class Expiration:
         if not _token[0]:
             forget_parent()
         slot: Slot | None
+        task = _Asyncio.task()
         try:
             slot = _local.thread.homes[self._key].pop()
         except (KeyError, IndexError):
             slot = None
         if slot is not None:
-            _arm(self, slot, _Asyncio.task())
+            _arm(self, slot, task)
             return self
         # After the except clause: CPython 3.11 keeps an exception, and with it our frame, if a
         # trace function raises where its handling ends (tests/property/test_storm.py).
