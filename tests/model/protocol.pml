@@ -149,7 +149,7 @@ end:
     od
 }
 
-/* ---- the worker's half: worker/expiration.py Expiration.__enter__ ---- */
+/* ---- the worker's half: arming, worker/core.py and worker/_core.c ---- */
 
 /* The property's own book-keeping, in the same step as the store of a deadline. */
 inline note_deadline(t, until) {
@@ -175,7 +175,7 @@ inline ring(t) {
     }
 }
 
-/* worker/page_writer.py PageWriter._move_in: a slot's first use. */
+/* worker/core.py Slots.arm, worker/_core.c move_in: a slot's first use. */
 inline move_in(t) {
 #ifdef NO_GIL
     /* Look and store are two steps, and the other thread's store may still be on its way. */
@@ -630,7 +630,7 @@ active proctype time() {
 
 active proctype no_missed_deadline() {
 end:
-    /* watcher/visit.py and Expiration.__enter__ together */
+    /* watcher/visit.py and arming together */
     if
     :: MISSED(0) -> assert(!MISSED(0))
 #if THREADS == 2
