@@ -17,16 +17,6 @@ if TYPE_CHECKING:
     from hangwatch.worker.core import Expiration
 
 
-class _Interpreter:
-    ends = False
-
-
-def end() -> None:
-    """The interpreter ends: see `core.end`."""
-    _Interpreter.ends = True
-    core.end()
-
-
 def renew(block: Expiration, after: float | None = None) -> None:
     """Give an open block another interval; see `Expiration.renew`."""
     limit = None if after is None else checked_limit(after)
@@ -74,7 +64,7 @@ def remaining(block: Expiration) -> float:
     if page is None:
         return inf
     deadline = page.words[at]
-    if deadline >= layout.NEVER:
+    if deadline == 0.0 or deadline >= layout.NEVER:  # 0.0: an inherited one, or the process ends
         return inf
     now, since = monotonic(), page.pauses.since()
     if since < now and not page.view.is_pause((at - layout.HEADER_WORDS) // layout.SLOT_WORDS):
@@ -93,8 +83,6 @@ def _place(block: Expiration) -> tuple[OwnPage | None, int, float]:
     core.forks()  # after a fork that Python did not see, the page is the parent's until then
     place = block.place
     if place is None:
-        if _Interpreter.ends:  # blocks are not armed any more
-            return None, 0, 0.0
         raise HangwatchError(
             "this timer's block is not open: renew, cancel and ask for what remains within it"
         )
