@@ -82,9 +82,21 @@ def _place(block: Expiration) -> tuple[OwnPage | None, int, float]:
     """Return the block's page, its slot's first word, and its entry; no page: unwatched."""
     core.forks()  # after a fork that Python did not see, the page is the parent's until then
     place = block.place
+    if place is None and _ended:  # it is unwatched, as all that begin then
+        return None, 0, 0.0
     if place is None:
         raise HangwatchError(
             "this timer's block is not open: renew, cancel and ask for what remains within it"
         )
     memory, index, entry = place
     return page_of(memory), layout.deadline_word(index), entry
+
+
+_ended = False
+
+
+def end() -> None:
+    """The interpreter ends: see `core.end`."""
+    global _ended
+    _ended = True
+    core.end()
