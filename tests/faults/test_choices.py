@@ -250,6 +250,31 @@ with hangwatch.expires(1e6, "shortened") as timer:
     assert scopes == ["shortened"]
 
 
+SKIPPED = """
+import sys, hangwatch
+with hangwatch.paused("nobody is due yet", 1000):
+    earlier = hangwatch.expires(1000, "earlier").__enter__()
+    later = hangwatch.expires(0.3, "later").__enter__()
+    earlier.__exit__(None, None, None)
+sys.stdin.readline()
+later.renew(0.3)
+sys.stdin.readline()
+"""
+
+
+def test_a_block_that_was_skipped_is_reported_and_one_that_is_renewed_is_judged(
+    watcher: RunningWatcher,
+) -> None:
+    worker = watcher.connected_worker(SKIPPED, stdin=subprocess.PIPE)
+    report = watcher.report(pid=worker.pid)
+    assert report["outcome"] == "reported"
+    assert "it was skipped, not hung" in report["actions"][-1]["result"]
+    worker.write_line()
+    assert worker.wait() == -9
+    last = watcher.wait_for_reports(2, pid=worker.pid)[-1]
+    assert (last["outcome"], last["scope"]["name"]) == ("reaped", "later")
+
+
 TREE = """
 import os, subprocess, sys, time, hangwatch
 child = subprocess.Popen(["sleep", "1000"])

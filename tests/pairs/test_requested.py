@@ -61,6 +61,14 @@ def test_a_block_left_by_another_task_is_released() -> None:
     asyncio.run(run())
 
 
+def test_only_leaving_a_block_releases_it() -> None:
+    transport = Transport()
+    block = expires(60, "forgotten", client=LocalTimerClient(transport)).__enter__()
+    assert list(transport.armed) == ["forgotten"]
+    del block
+    assert list(transport.armed) == ["forgotten"]
+
+
 def test_of_interleaved_blocks_each_ends_its_own_timer() -> None:
     transport = Transport()
     client = LocalTimerClient(transport)
