@@ -61,6 +61,7 @@ VARIANTS = [
     Variant("death", True, DEATH, "a watcher dies at any step; its successor"),
     Variant("death-two-pages", True, PAGES, "the successor visits every page"),
     Variant("stopped", True, f"{DEATH} STOPPED", "stopped for good: no worker waits for it"),
+    Variant("in-use-at-once", True, f"{TWO} IN_USE_FROM_THE_START", "no GIL: all slots count"),
     Variant("budget", True, BUDGET, "a page that is served slowly, not never"),
     Variant("sweep", True, SWEPT, "without the fence: late by one sweep at most"),
     # Without what carries it.
@@ -75,6 +76,7 @@ VARIANTS = [
     Variant("heard-late", False, f"{ONE} RING_HEARD_AFTER_VISIT", "visit first, read rings then"),
     Variant("slot-forgotten", False, f"{TWO} PROMISE_FORGETS_A_SLOT", "an armed slot not counted"),
     Variant("no-second-ring", False, f"{ONE} NO_SECOND_RING", "a slow ring, no other after it"),
+    Variant("clock-before-store", False, f"{ONE} CLOCK_BEFORE_STORE", "... or by an old clock"),
     Variant("judged-by-entry", False, f"{ONE} JUDGED_BY_ENTRY", "a moved deadline judged as old"),
     Variant("judged-at-once", False, f"{ONE} JUDGED_AT_ONCE", "judged before a second look"),
     Variant("moved-meanwhile", False, f"{ONE} ENDED_MEANWHILE_IS_ALL", "no visit after a miss"),

@@ -59,7 +59,11 @@ byte now = 1;
 /* ---- memory, as page/layout.py lays it out ---- */
 
 byte watch_until[PAGES];
+#ifdef IN_USE_FROM_THE_START
+byte slots_in_use[PAGES] = THREADS;
+#else
 byte slots_in_use[PAGES];
+#endif
 byte deadline[THREADS];
 byte entry[THREADS];
 
@@ -177,6 +181,9 @@ inline ring(t) {
 
 /* worker/core.py Slots.arm, worker/_core.c move_in: a slot's first use. */
 inline move_in(t) {
+#ifdef IN_USE_FROM_THE_START
+    skip /* core.py Slots: without a GIL, all count as used */
+#else
 #ifdef NO_GIL
     /* Look and store are two steps, and the other thread's store may still be on its way. */
     if
@@ -196,6 +203,7 @@ inline move_in(t) {
         fi
     }
 #endif
+#endif
 }
 
 proctype thread(byte t) {
@@ -207,8 +215,14 @@ proctype thread(byte t) {
 #ifndef SLOTS_IN_USE_AFTER_ARMING
         move_in(t);
 #endif
-        /* now = monotonic(). Another limit than last time is another scope that has moved into
-         * the slot: PageWriter._move_in. */
+#ifdef LOOK_BEFORE_STORE
+        seen = watch_until[PAGE_OF(t)];
+#endif
+#ifndef COARSE
+        buffer[t] ! ENTRY, times; /* slot.entry = words[at + ENTRY] = slot.entry + 1.0 */
+#endif
+        /* now = monotonic(). Another limit than last time is another block that was given the
+         * slot: core.py Slots.arm, _core.c move_in. */
         atomic {
             clock = now;
 #ifdef COARSE
@@ -220,13 +234,7 @@ proctype thread(byte t) {
             fi
 #endif
         };
-#ifdef LOOK_BEFORE_STORE
-        seen = watch_until[PAGE_OF(t)];
-#endif
-#ifndef COARSE
-        buffer[t] ! ENTRY, times; /* words[slot.entry_at] = slot.entry */
-#endif
-        /* words[slot.deadline_at] = deadline = now + slot.limit */
+        /* words[at] = deadline = now + slot.limit */
         atomic { buffer[t] ! DEADLINE, first; note_deadline(t, first) };
         /* if now < words[WATCH_UNTIL] <= deadline: one load, and what follows from it */
         atomic {
@@ -251,15 +259,20 @@ proctype thread(byte t) {
         if
         :: seen == FAR -> d_step { clock = 0; first = 0; seen = 0 }
         :: seen == 0 ->
-            ring(t); /* slot.ring() */
+            ring(t); /* core.py Slots.ring, _core.c ring */
 #ifndef ONE_STORE
-            /* It may take long: a handshake, or another thread holds the GIL meanwhile.
-             * words[slot.deadline_at] = monotonic() + slot.limit */
+            /* It may have connected first, which takes long.
+             * words[slot.at] = monotonic() + slot.limit */
 #ifdef COARSE
             atomic {
                 length = first - clock; clock = now;
 #else
-            d_step { length = first - clock; clock = now };
+            d_step {
+                length = first - clock; clock = now;
+#ifdef CLOCK_BEFORE_STORE
+                seen = now
+#endif
+            };
             atomic {
 #endif
                 buffer[t] ! DEADLINE, clock + length;
@@ -271,14 +284,21 @@ proctype thread(byte t) {
             };
 #ifndef NO_SECOND_RING
             /* The first deadline may have been found due, and then the watcher reckons
-             * with no other one: if monotonic() >= deadline: slot.ring() */
+             * with no other one: if monotonic() >= deadline: self._ring() */
+#ifdef CLOCK_BEFORE_STORE
+            if
+            :: seen >= first -> ring(t)
+            :: seen < first -> covered[t] = 1
+            fi;
+#else
             if
             :: now >= first -> ring(t)
             :: now < first -> covered[t] = 1
             fi;
 #endif
 #endif
-            d_step { clock = 0; first = 0 }
+#endif
+            d_step { clock = 0; first = 0; seen = 0 }
         fi;
 #ifdef SLOTS_IN_USE_AFTER_ARMING
         move_in(t);
@@ -287,7 +307,7 @@ proctype thread(byte t) {
         if
         :: break
         :: atomic {
-               buffer[t] ! DEADLINE, 0; /* slot.exit: layout.DISARM */
+               buffer[t] ! DEADLINE, 0; /* it is left, or its object ends */
                covered[t] = 0; found[t] = 0; mine[t] = 0;
                REACHING(quiet[t] = 0; told[t] = 0)
            }

@@ -250,9 +250,9 @@ static int ring(Block *block, Slot *slot) {
     PyObject *callback = Py_NewRef(slots->ring), *connected = PyObject_CallNoArgs(callback);
     if (connected == Py_True && block->slot == slot) {
         /* It connected first, which is not the block's time. */
-        double deadline = load(slot->words + DEADLINE), now = monotonic();
-        store(slot->words + DEADLINE, now + limit);
-        if (now >= deadline) {
+        double deadline = load(slot->words + DEADLINE);
+        store(slot->words + DEADLINE, monotonic() + limit);
+        if (monotonic() >= deadline) {
             /* The first deadline may have been found overdue, and the other one not yet. */
             Py_DECREF(connected);
             connected = PyObject_CallNoArgs(callback);

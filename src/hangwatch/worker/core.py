@@ -296,13 +296,15 @@ class Slots:
 
     def ring(self, slot: Slot, entry: float) -> None:
         """Ask the watcher for a look."""
-        if self.closed or not self._ring() or not slot.words[slot.at] or slot.entry != entry:
+        if self.closed or not self._ring():
             return
         # It connected first, which is not the block's time.
+        later = monotonic() + slot.limit
         deadline = slot.words[slot.at]
-        now = monotonic()
-        slot.words[slot.at] = now + slot.limit
-        if now >= deadline:
+        if deadline == 0.0 or slot.entry != entry:
+            return
+        slot.words[slot.at] = later
+        if monotonic() >= deadline:
             # The first deadline may have been found overdue, and the other one not yet.
             self._ring()
 
