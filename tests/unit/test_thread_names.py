@@ -20,7 +20,7 @@ def names(client: QuietClient) -> set[str]:
     return found
 
 
-def run(body: Callable[[], None]) -> None:
+def run(body: Callable[[], object]) -> None:
     thread = threading.Thread(target=body, name="uploader")
     thread.start()
     thread.join()
@@ -42,7 +42,7 @@ def test_a_thread_that_has_ended_has_no_name_in_the_page() -> None:
 def test_a_block_that_outlives_its_thread_gives_the_name_back_when_it_ends() -> None:
     with quiet_page() as client:
         block = hangwatch.expires(60, "handed over")
-        run(lambda: block.__enter__() and None)
+        run(block.__enter__)
         assert client.armed() == {"handed over": 1}
         block.__exit__(None, None, None)
         assert client.armed() == {}
