@@ -23,13 +23,14 @@ INTEROP := .venv-interop
 FUZZ := .venv-fuzz
 BUILT_OF := pyproject.toml setup.py src/hangwatch/worker/_core.c
 
-.PHONY: help demo test test-all cases check model interop conformance-table zoo bench \
+.PHONY: help demo test test-all sanitized cases check model interop conformance-table zoo bench \
 	bench-handover fuzz soak stress-kills clean
 
 help:
 	@echo "make demo       watch four workers until one hangs"
 	@echo "make test       run the tests: two minutes"
 	@echo "make test-all   run what that leaves out: half an hour; SHORT=1: as CI does"
+	@echo "make sanitized  run the tests of a block as AddressSanitizer and UBSan see the core in C"
 	@echo "make cases      run the programs of CASES=../shared/cases on Python 3.11, 3.12 and 3.13"
 	@echo "make check      ruff, mypy, which room imports which, and code that is there twice"
 	@echo "make model      check the protocol's model with Spin (needs spin and gcc)"
@@ -74,16 +75,24 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	@echo "running the tests: real processes, two minutes on two cores ..."
 	@$(VENV)/bin/python -m pytest -m "not long and not interop"
+	@echo "and those of a block once more, over the core in Python ..."
+	@HANGWATCH_PURE=1 $(VENV)/bin/python -m pytest -n 4 -m "core and not long"
 
 # Sizes: those of CI if SHORT is set, else the full ones.
 test-all: $(VENV)/ready
 	@echo "running what make test leaves out ..."
 	@$(VENV)/bin/python -m pytest -m "long and not interop" $(if $(SHORT),,--full)
+	@HANGWATCH_PURE=1 $(VENV)/bin/python -m pytest -n 4 -m "core and long" $(if $(SHORT),,--full)
+	@$(MAKE) --no-print-directory sanitized
 	@$(MAKE) --no-print-directory zoo N=$(if $(SHORT),1,20)
 	@$(MAKE) --no-print-directory soak SECONDS=$(if $(SHORT),60,600)
 	@$(MAKE) --no-print-directory fuzz SECONDS=$(if $(SHORT),30,120)
 	@$(MAKE) --no-print-directory stress-kills KILLS=$(if $(SHORT),2000,10000)
 	@echo "make test-all: all of it passed"
+
+# AddressSanitizer and UBSan; not what measures memory, of which they keep a lot.
+sanitized: $(VENV)/ready
+	@$(VENV)/bin/python scripts/sanitized.py -n 4 -m "core and not long" -k "not memory"
 
 # Small programs beside the project that show faults, each judging itself.
 cases: $(VENV)/ready
