@@ -64,7 +64,10 @@ WRONG: tuple[tuple[Any, ...], ...] = (
 )
 TIMES = (layout.DEADLINE, layout.ENTERED)
 
-pytestmark = pytest.mark.skipif(BUILT is None, reason="the core in C was not built")
+pytestmark = [
+    pytest.mark.skipif(BUILT is None, reason="the core in C was not built"),
+    pytest.mark.timeout(900),
+]
 
 
 def fresh(path: Path | None) -> ModuleType:
@@ -524,7 +527,7 @@ class TwoCores(RuleBasedStateMachine):
 def test_both_cores_do_the_same(size: Size) -> None:
     TwoCores.steps = 0
     how = settings(
-        max_examples=size.of(60, 300, 1_500),
+        max_examples=size.of(60, 200, 600),
         stateful_step_count=40,
         report_multiple_bugs=False,
         phases=(Phase.reuse, Phase.generate, Phase.shrink),
