@@ -43,7 +43,7 @@ def never_entered() -> None:
 def refused() -> None:
     for arguments in ((0,), ("60",), (60, "")):
         with contextlib.suppress(ValueError, TypeError):
-            hangwatch.expires(*arguments)  # type: ignore[arg-type]
+            hangwatch.expires(*arguments)
     block = hangwatch.expires(60, "refused")
     with block, contextlib.suppress(hangwatch.HangwatchError):
         block.__enter__()

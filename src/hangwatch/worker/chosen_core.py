@@ -25,7 +25,8 @@ def _choose() -> tuple[ModuleType, str | None]:
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         return _plain(), None  # nor is it built there: it would turn the GIL on
     try:
-        from hangwatch.worker import _core  # type: ignore[attr-defined]
+        # Not by `from`, which does not tell what is not there from what can't be loaded.
+        import hangwatch.worker._core as _core  # type: ignore[import-not-found]
     except ImportError as error:
         # Whoever built it without a compiler knows.
         missing = isinstance(error, ModuleNotFoundError)

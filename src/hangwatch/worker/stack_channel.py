@@ -6,9 +6,13 @@ stacks appear even while a C call holds it. Source: Python's faulthandler module
 
 from __future__ import annotations
 
-import faulthandler
 import fcntl
 import os
+
+try:
+    import faulthandler
+except ImportError:  # an interpreter with a GIL of its own
+    faulthandler = None  # type: ignore[assignment]
 
 from hangwatch.wire import StackChannel
 from hangwatch.worker.free_signals import free_signals, harmless_signal
@@ -24,6 +28,8 @@ class _Channel:
 
 def open_channel() -> StackChannel | None:
     """Register the two signals, the first time; None if that is not possible."""
+    if faulthandler is None:
+        return None
     if _Channel.descriptor is None:
         free = free_signals()
         if len(free) < 2:
