@@ -19,6 +19,7 @@ import pytest
 import hangwatch
 from hangwatch.page import layout
 from hangwatch.worker import expiration
+from hangwatch.worker.chosen_core import core
 from support.pages import quiet_page
 
 pytestmark = pytest.mark.core
@@ -362,6 +363,8 @@ def test_importing_loads_nothing_heavy() -> None:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"ctypes", "logging", "subprocess", "click", "rich", "psutil", "asyncio"}
     heavy |= {"dataclasses", "inspect", "multiprocessing", "typing"}
+    if core.__name__ == "hangwatch.worker.core":
+        heavy.remove("ctypes")  # without which it can't make a page private after a fork
     loaded = set(out.stdout.split())
     assert "hangwatch" in loaded
     assert not loaded & heavy

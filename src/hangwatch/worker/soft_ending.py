@@ -39,8 +39,8 @@ class _Raisable:
         self, page: OwnPage, place: tuple[object, int, float], name: str, raises: Any
     ) -> None:
         self._page = page
-        self._at = layout.deadline_word(place[1])
-        self._entry = place[2]
+        _, self._index, self._entry = place
+        self._at = layout.deadline_word(self._index)
         self._name = name
         self._raises = raises
         frame = _who_enters()
@@ -54,8 +54,11 @@ class _Raisable:
 
     def is_overdue(self, now: float) -> bool:
         """Tell whether the block has overrun, and was not raised in for it."""
-        raised = self._page.words[self._at + layout.RAISED_ENTRY] == self._entry
-        return 0.0 < self.deadline() <= now < self._page.pauses.since() and not raised
+        page = self._page
+        if page.words[self._at + layout.RAISED_ENTRY] == self._entry:
+            return False
+        runs = now < page.pauses.since() or page.view.is_pause(self._index)
+        return runs and 0.0 < self.deadline() <= now
 
     def entered(self) -> float:
         """Return when the block was entered (CLOCK_MONOTONIC)."""
