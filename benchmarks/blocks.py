@@ -74,8 +74,15 @@ NAMES = {
     "E": "Empty(after=60, scope='a')",
 }
 
-# What others offer, in one pattern each: set up once, then repeated so often a turn.
+# What others offer, and an empty class that takes no arguments, in one pattern each: set up
+# once, then repeated so often a turn.
 PEERS: dict[str, tuple[str, str, str, int]] = {
+    "no arguments": (
+        "one named scope",
+        "class Bare:\n __enter__ = lambda self: self\n __exit__ = lambda self, *exc_info: None",
+        "with Bare(): pass",
+        BLOCKS,
+    ),
     "signal.setitimer": (
         "one named scope",
         "import signal; R = signal.ITIMER_REAL; T = signal.setitimer",
@@ -100,7 +107,7 @@ PEERS: dict[str, tuple[str, str, str, int]] = {
         "import multiprocessing, torch.distributed.elastic.timer as t;"
         "q = multiprocessing.get_context('spawn').Queue();"
         "t.configure(t.LocalTimerClient(q));"
-        "server = t.LocalTimerServer(q, max_interval=60); server.start()",
+        "server = t.LocalTimerServer(q, max_interval=0.2); server.start(); end = server.stop",
         "with t.expires(60, 'a'): pass",
         500,
     ),
@@ -179,6 +186,7 @@ def measure() -> None:
             )
             for name, pattern in PATTERNS.items()
         }
+        ends: list[Any] = []
         peers: dict[str, list[tuple[str, Callable[[int], object], int]]] = {}
         for name, (pattern, setup, body, count) in PEERS.items() if "--peers" in sys.argv else ():
             names: dict[str, object] = {}
@@ -186,6 +194,7 @@ def measure() -> None:
                 exec(setup, names)
             except ImportError:
                 continue
+            ends += [names["end"]] if "end" in names else []
             run = function_of(body, PATTERNS[pattern].way, names)
             peers.setdefault(pattern, []).append((name, run, count))
         for both in runs.values():
@@ -202,6 +211,8 @@ def measure() -> None:
             others = {peer: cost(run, count)[0] for peer, run, count in peers.get(name, ())}
             turn = {"empty": empty, "held_up": held_up, "took": took, "peers": others}
             print(json.dumps(turn), flush=True)
+        for end in ends:
+            end()
 
 
 # -- the process that asks
