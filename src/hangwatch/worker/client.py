@@ -113,15 +113,16 @@ class WorkerClient:
             return details_of(block.after, name, block.lasti >= 0, asked)
 
         def arm() -> bool:
-            return bool(page.slots.arm(block, block.after, details, task_in_page, quiet))
+            armed = bool(page.slots.arm(block, block.after, details, task_in_page, quiet))
+            if armed and raises and task == 0.0 and block.place is not None:
+                soft_ending.note(page, block.place, name, asked.raises)
+            return armed
 
         if asked.pauses:
             pause = page.pauses.begin(block, arm)
             if pause is not None:
                 return pause
         elif arm():
-            if raises and task == 0.0 and block.place is not None:
-                soft_ending.note(page, block.place, name, asked.raises)
             return None
         self._warn_once("full", "as many blocks are open as a page has slots; this one", "")
         return UNWATCHED
