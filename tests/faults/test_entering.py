@@ -61,6 +61,35 @@ def test_a_block_imports_nothing(watcher: RunningWatcher, where: str) -> None:
     assert (worker.returncode, out) == (0, "done\n"), out + err
 
 
+OF_A_PAIR = """
+import multiprocessing, os, sys, hangwatch
+if sys.argv[1] == "queue":
+    client = hangwatch.LocalTimerClient(multiprocessing.get_context("fork").Queue())
+else:
+    os.mkfifo(sys.argv[2])
+    reader = os.open(sys.argv[2], os.O_RDONLY | os.O_NONBLOCK)
+    client = hangwatch.FileTimerClient(sys.argv[2])
+before = set(sys.modules)
+for scope in "short", "long " * 200:
+    with hangwatch.expires(60, scope, client=client) as block:
+        block.renew()
+    client.acquire(scope, 2e9)
+    client.release(scope)
+print(*sorted(set(sys.modules) - before), "done", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("transport", ["queue", "FIFO"])
+def test_a_block_of_a_pair_imports_nothing(
+    watcher: RunningWatcher, transport: str, tmp_path: Path
+) -> None:
+    where = tmp_path / "fifo"
+    worker = watcher.interpreter("-c", OF_A_PAIR, transport, where, stderr=subprocess.PIPE)
+    out, err = worker.communicate(timeout=60)
+    assert (worker.returncode, out) == (0, "done\n"), out + err
+
+
 WHILE_IMPORTING = """
 import importlib.machinery, os, signal, sys, threading, hangwatch
 imported, slow = sys.argv[1:]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import select
 import stat
@@ -169,8 +170,6 @@ class FifoRequestQueue(RequestQueue):
                 del self._bytes[: -select.PIPE_BUF]
 
     def _take(self, line: bytes) -> None:
-        import json  # takes long, and a worker, which only writes, needs none of it
-
         # Before a whole line may stand what another writer did not finish.
         for beginning in dict.fromkeys((0, max(line.rfind(_BEGINNING), 0))):
             try:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal as signals
 import time
+import zlib
 from collections.abc import Callable
 from math import isfinite
 from time import monotonic, sleep
@@ -67,8 +69,6 @@ class FileTimerRequest(TimerRequest):
 
     def to_json(self) -> str:
         """Return the request as one line of JSON."""
-        import json  # takes long, and a worker that has a companion watcher needs none of it
-
         return json.dumps(
             {
                 "version": self.version,
@@ -368,7 +368,5 @@ def _short(scope_id: str) -> str:
     """Shorten a scope so that its line fits; scopes that differ still do."""
     if len(scope_id) <= _LONGEST_SCOPE:
         return scope_id
-    import zlib
-
     kept = _LONGEST_SCOPE - 10
     return f"{scope_id[:kept]}…{zlib.crc32(scope_id.encode('utf-8', 'backslashreplace')):08x}"

@@ -8,6 +8,7 @@ import queue
 import select
 import signal
 import struct
+import sys
 from time import monotonic, sleep
 
 from hangwatch.folder import REPORT_DIR
@@ -197,19 +198,19 @@ def _send_past_the_lock(mp_queue: Any, request: TimerRequest) -> bool | None:
         request of a scope to the next: what is `put` may be overtaken by what isn't, and a
         release by the request that it takes back.
     """
-    from multiprocessing.queues import Queue
-    from multiprocessing.reduction import ForkingPickler
-
-    if type(mp_queue) is not Queue or mp_queue._closed:  # type: ignore[attr-defined]
+    # Loaded if it is one of theirs; a block imports nothing.
+    queues: Any = sys.modules.get("multiprocessing.queues")
+    reduction: Any = sys.modules.get("multiprocessing.reduction")
+    if None in (queues, reduction) or type(mp_queue) is not queues.Queue or mp_queue._closed:
         return None
-    pickled = bytes(ForkingPickler.dumps(request))
+    pickled = bytes(reduction.ForkingPickler.dumps(request))
     # As `multiprocessing.connection.Connection` frames it.
     message = struct.pack("!i", len(pickled)) + pickled
     if len(message) > select.PIPE_BUF:
         return None
     try:
         # One of our own, since the queue's is not ours to make non-blocking.
-        number = mp_queue._writer.fileno()  # type: ignore[attr-defined]
+        number = mp_queue._writer.fileno()
         writer = os.open(f"/proc/self/fd/{number}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
@@ -218,7 +219,7 @@ def _send_past_the_lock(mp_queue: Any, request: TimerRequest) -> bool | None:
     sent = False
     try:
         # What the queue counts, and what bounds it.
-        if mp_queue._sem.acquire(False):  # type: ignore[attr-defined]
+        if mp_queue._sem.acquire(False):
             try:
                 sent = os.write(writer, message) > 0
             except BlockingIOError:
@@ -227,7 +228,7 @@ def _send_past_the_lock(mp_queue: Any, request: TimerRequest) -> bool | None:
                 return None
             finally:
                 if not sent:
-                    mp_queue._sem.release()  # type: ignore[attr-defined]
+                    mp_queue._sem.release()
     finally:
         os.close(writer)
     return sent
