@@ -35,8 +35,12 @@ def test_a_storm_of_exceptions_leaves_nothing_armed(kind: str, size: Size) -> No
     count = json.loads(result.stdout)
     assert count["hits"] >= hits
     assert count["stuck"] == {}
-    # In plain Python, an interruption can keep a slot from being used again: see `core`.
-    assert is_pure() or (count["watched"] and count["in_use"] < 64)
+    if is_pure():
+        # An interruption can keep a slot from being used again: see `core`.
+        assert count["in_use"] < 100 + count["hits"] / 2
+    else:
+        assert count["watched"]
+        assert count["in_use"] < 64
 
 
 def is_pure() -> bool:

@@ -6,8 +6,10 @@ where that can't: without a compiler, without a GIL, in an interpreter with a GI
 One object is one block. Entering it arms a slot; leaving it disarms the slot, and so does the
 object's end, whatever skipped ``__exit__``: an interrupt at its first instruction, a trace
 function, a generator that nobody finishes. In plain Python an interrupt between two
-instructions of ours can leave a block armed that has not begun, or keep a slot from being used
-again; never does it leave a block unarmed that is open.
+instructions of ours can leave a block armed that has not begun, until its object is gone, or
+keep a slot from being used again; never does it leave a block unarmed that is open. In a storm
+of interrupts one in five costs a slot, so after some 20,000 of them, all within blocks, a page
+has none left: blocks run unwatched then, with one warning (tests/property/test_storm.py).
 
 What a block is once a thread has entered it, scope, limit and policy, is its *key*. A thread
 keeps the slots of its keys, their details written, so entering again is two stores.
