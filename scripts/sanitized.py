@@ -1,6 +1,6 @@
 """Run tests over the core in C as AddressSanitizer and UBSan see it: `sanitized.py PYTEST-ARGS...`.
 
-A copy of the package is built beside the project's own environment, into `build/sanitized`.
+A copy of the package, with a core that was built so, is made in `build/sanitized`.
 """
 
 from __future__ import annotations
@@ -59,10 +59,8 @@ def main(arguments: list[str]) -> int:
             "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={folder}/found",
         }
         check = "from hangwatch.worker.chosen_core import core; print(core.__file__)"
-        shown = subprocess.run(
-            [sys.executable, "-c", check], env=environment, capture_output=True, text=True, check=True
-        )
-        assert shown.stdout.strip() == str(worker / "_core.abi3.so"), shown.stdout
+        shown = subprocess.check_output([sys.executable, "-c", check], env=environment, text=True)
+        assert shown.strip() == str(worker / "_core.abi3.so"), shown
         command = [sys.executable, "-m", "pytest", *arguments]
         status = subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
         found = sorted(Path(folder).iterdir())
@@ -73,6 +71,7 @@ def main(arguments: list[str]) -> int:
 
 
 def has_gcc() -> bool:
+    """Tell whether there is a compiler."""
     return shutil.which("gcc") is not None
 
 

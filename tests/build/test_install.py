@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -16,16 +17,10 @@ from hangwatch.page import layout
 
 ROOT = Path(__file__).parents[2]
 PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-SOURCES = ("src", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
 
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.timeout(900),
-    # The files are made once, by one process.
-    pytest.mark.xdist_group("build"),
-]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
-WHICH = "from hangwatch.worker.chosen_core import core; print(core.__name__)"
 BLOCK = """
 import hangwatch
 from hangwatch.worker.chosen_core import core
@@ -54,11 +49,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build a source distribution of a clean copy, and a wheel of that; return their folder."""
     folder = tmp_path_factory.mktemp("built")
     copy, python = folder / "copy", folder / "venv" / "bin" / "python"
-    copy.mkdir()
-    files = run("git", "-C", ROOT, "ls-files", *SOURCES[:1], *SOURCES[2:]).split()
-    for name in files or SOURCES:
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        (copy / name).write_bytes((ROOT / name).read_bytes())
+    ignored = shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT / "src", copy / "src", ignore=ignored)
+    for name in SOURCES:
+        shutil.copy(ROOT / name, copy)
     run(sys.executable, "-m", "venv", folder / "venv")
     run(python, "-m", "pip", "install", "--quiet", "setuptools>=77")
     build = "from setuptools.build_meta import build_sdist; build_sdist({!r})"
