@@ -19,7 +19,8 @@ pytestmark = [pytest.mark.core, pytest.mark.timeout(1200)]
 @short_and_long
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_storm_of_exceptions_leaves_nothing_armed(kind: str, size: Size) -> None:
-    hits = size.of(3_000, 10_000, 100_000)
+    # In plain Python, events are many times as many, and slots get lost, see below.
+    hits = size.of(3_000, 10_000, 10_000 if is_pure() else 100_000)
     path = os.pathsep.join(sys.path)
     # Python warns of coroutines that an exception keeps from being awaited.
     quiet = ("-W", "ignore:coroutine:RuntimeWarning")
