@@ -133,7 +133,7 @@ class _Thread:
         for slot in self.open:
             if slot.is_lost():
                 slot.slots.give_back(slot)
-        self.open = [slot for slot in self.open if slot.given and slot.words[slot.at]]
+        self.open = [slot for slot in self.open if slot.is_armed()]
 
 
 class _ThreadEnd:
@@ -198,6 +198,10 @@ class Slot:
         self.limit = inf
         self.order = 0
         self.task = 0.0
+
+    def is_armed(self) -> bool:
+        """Tell whether it is armed, and not another key's place by now."""
+        return bool(self.given) and self.words[self.at] != 0.0
 
     def is_lost(self) -> bool:
         """Tell whether the block that had it ended by its object's end."""
@@ -518,17 +522,16 @@ def _arm(block: Expiration, slot: Slot, task: float) -> None:
 
 def _left_out_of_order(thread: _Thread, slot: Slot, left: bool) -> None:
     """Note that blocks were skipped which the thread entered later and that are open still."""
-    newer = []
-    for other in list(thread.open):
-        if other is slot or not other.words[other.at]:
-            with_out = [one for one in thread.open if one is not other]
-            thread.open = with_out
-        elif other.order > slot.order and other.task == 0.0:
-            newer.append((other, other.entry))
+    thread.open = [other for other in thread.open if other is not slot and other.is_armed()]
+    newer = [
+        (other, other.entry)
+        for other in thread.open
+        if other.order > slot.order and other.task == 0.0
+    ]
     if left and newer and slot.task == 0.0 and thread is _local.thread:
         if not _hooks.switches_within_a_thread():
             for other, entry in newer:
-                if other.entry == entry:
+                if other.entry == entry and other.is_armed():
                     other.words[other.at + layout.SKIPPED_ENTRY] = entry
 
 
@@ -642,7 +645,8 @@ def end() -> None:
     own = threading.get_ident()
     for thread in _alive(_threads):
         for slot in () if thread.ident == own else list(thread.open):
-            slot.words[slot.at] = 0.0
+            if slot.is_armed():
+                slot.words[slot.at] = 0.0
 
 
 def _alive(all_of_them: WeakValueDictionary[int, Any]) -> list[Any]:
