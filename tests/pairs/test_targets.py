@@ -182,3 +182,40 @@ class TestWhoMayBeHeld:
                 hold_descendant(grandchild, {child.pid})
             child.stdin.write("\n")
             child.stdin.close()
+
+
+def test_a_worker_that_dies_while_the_server_looks_leaves_no_timer_to_who_gets_its_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A timer without a held process would end whoever has the number when it is due."""
+    server = hangwatch.LocalTimerServer(multiprocessing.Queue(), max_interval=1.0, report_dir=None)
+    targets = server._targets
+    is_gone = targets.is_gone
+    for looks_until_it_dies in range(1, 4):
+        worker = subprocess.Popen(["sleep", "1000"])
+        server.register_timers([TimerRequest(worker.pid, "step", time.time() + 600)])
+        assert targets.pids() == [worker.pid]
+        looks = 0
+
+        def dies_after(
+            pid: int,
+            worker: subprocess.Popen[bytes] = worker,
+            until: int = looks_until_it_dies,
+        ) -> bool:
+            nonlocal looks
+            looks += 1
+            answer = is_gone(pid)
+            if looks == until:
+                worker.kill()
+                worker.wait()
+            return answer
+
+        with monkeypatch.context() as patch:
+            patch.setattr(targets, "is_gone", dies_after)
+            server.clear_timers(set())
+        assert [pid for pid, _ in server._timers] == targets.pids()
+        worker.kill()
+        worker.wait()
+        server.clear_timers(set())
+        assert (targets.pids(), server._timers) == ([], {})
+    targets.close()

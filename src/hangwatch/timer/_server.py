@@ -143,9 +143,12 @@ class DropInServer(TimerServer):
 
     def clear_timers(self, worker_ids: set[int]) -> None:
         """Forget all timers of these workers, and of those that have ended."""
-        gone = {pid for pid in self._table.pids() if self._is_gone(pid)} | worker_ids
+        gone = worker_ids | {pid for pid in self._targets.pids() if self._targets.is_gone(pid)}
+        gone |= {pid for pid in self._table.pids() if self._is_gone(pid)}
+        # The same ones: a timer of a process that nobody holds any more would end whoever gets
+        # its number.
         self._table.clear(gone)
-        for pid in gone | {pid for pid in self._targets.pids() if self._targets.is_gone(pid)}:
+        for pid in gone:
             self._targets.forget(pid)
         self._targets.forget_refused_but(set(self._table.pids()))
 
