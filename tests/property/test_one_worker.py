@@ -334,7 +334,7 @@ def steps() -> Iterator[Callable[[], int]]:
 
 @short_and_long
 def test_the_page_says_what_the_worker_does(steps: Callable[[], int], size: Size) -> None:
-    enough = size.of(1_000, 5_000, 10_000)
+    enough = size.of(500, 5_000, 10_000)
     how = settings(
         max_examples=enough * 13 // 10 // STEPS_OF_A_RUN,
         stateful_step_count=STEPS_OF_A_RUN,

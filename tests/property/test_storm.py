@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.core, pytest.mark.timeout(1200)]
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_storm_of_exceptions_leaves_nothing_armed(kind: str, size: Size) -> None:
     # In plain Python, events are many times as many, and slots get lost, see below.
-    hits = size.of(3_000, 10_000, 10_000 if is_pure() else 100_000)
+    hits = size.of(1_500, 10_000, 10_000 if is_pure() else 100_000)
     path = os.pathsep.join(sys.path)
     # Python warns of coroutines that an exception keeps from being awaited.
     quiet = ("-W", "ignore:coroutine:RuntimeWarning")

@@ -527,7 +527,7 @@ class TwoCores(RuleBasedStateMachine):
 def test_both_cores_do_the_same(size: Size) -> None:
     TwoCores.steps = 0
     how = settings(
-        max_examples=size.of(60, 200, 600),
+        max_examples=size.of(30, 200, 600),
         stateful_step_count=40,
         report_multiple_bugs=False,
         phases=(Phase.reuse, Phase.generate, Phase.shrink),
