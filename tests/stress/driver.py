@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import random
@@ -202,7 +203,8 @@ class Driver:
 
     def _tell(self, survivor: _Survivor, order: bytes) -> None:
         survivor.told, survivor.seen_at = order, self._ran()
-        os.write(survivor.orders, order)
+        with contextlib.suppress(BrokenPipeError):  # that it is dead is seen at the next look
+            os.write(survivor.orders, order)
 
     def _is_waiting(self) -> bool:
         """Tell whether any survivor that was told to hang, or to end, lives still."""
