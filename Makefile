@@ -21,7 +21,7 @@ VENV := .venv
 CHECK := .venv-check
 INTEROP := .venv-interop
 FUZZ := .venv-fuzz
-BUILT_OF := pyproject.toml setup.py src/hangwatch/worker/_core.c
+BUILT_OF := pyproject.toml $(wildcard setup.py src/hangwatch/worker/_core.c)
 
 .PHONY: help demo test test-all sanitized cases check model interop conformance-table zoo bench \
 	bench-handover fuzz soak stress-kills clean
