@@ -82,7 +82,7 @@ test: $(VENV)/ready
 test-all: $(VENV)/ready
 	@echo "running what make test leaves out ..."
 	@$(VENV)/bin/python -m pytest -m "long and not interop" $(if $(SHORT),,--full)
-	@HANGWATCH_PURE=1 $(VENV)/bin/python -m pytest -n 4 -m "core and long" $(if $(SHORT),,--full)
+	@$(if $(SHORT),,HANGWATCH_PURE=1 $(VENV)/bin/python -m pytest -n 4 -m "core and long" --full)
 	@$(MAKE) --no-print-directory sanitized
 	@$(MAKE) --no-print-directory zoo N=$(if $(SHORT),1,20)
 	@$(MAKE) --no-print-directory soak SECONDS=$(if $(SHORT),60,600)
