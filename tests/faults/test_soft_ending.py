@@ -701,3 +701,21 @@ def test_it_pickles() -> None:
     expired = pickle.loads(pickle.dumps(hangwatch.TimerExpired("scope", 1.0, 2.0)))
     assert (expired.scope, expired.limit, expired.inside) == ("scope", 1.0, 2.0)
     assert not isinstance(expired, Exception)
+
+
+def test_a_block_within_a_context_manager_is_ended_softly(watcher: RunningWatcher) -> None:
+    script = """
+import contextlib, time, hangwatch
+@contextlib.contextmanager
+def step():
+    with hangwatch.expires(0.3, "step", on_expiry="raise", grace=60):
+        yield
+try:
+    with step():
+        while True: time.sleep(0.01)
+except hangwatch.TimerExpired as expired:
+    print(expired.scope, flush=True)
+"""
+    worker = watcher.connected_worker(script)
+    assert worker.read_line() == "step"
+    assert worker.wait() == 0

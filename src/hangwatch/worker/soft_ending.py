@@ -135,9 +135,14 @@ def _raise(number: int, frame: FrameType | None) -> None:
 def _who_enters() -> FrameType:
     """Return the frame whose block is being entered."""
     frame = sys._getframe(1)
-    while _is_ours(frame) and frame.f_back is not None:
+    while frame.f_back is not None and (_is_ours(frame) or _is_contextlib(frame.f_back)):
+        # A generator of `@contextmanager` waits while the block lasts: it is its user's.
         frame = frame.f_back
     return frame
+
+
+def _is_contextlib(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__") == "contextlib"
 
 
 def _is_ours(frame: FrameType) -> bool:
