@@ -45,12 +45,11 @@ def listens(address: str) -> bool:
     return any(fields[-1] == address and fields[3] == accepts for fields in sockets)
 
 
-def test_socket_activation(folder: Path) -> None:
-    """A worker's connection starts the service; who waits in the backlog is served, too."""
-    address = str(folder / "s")
+def activated(address: str, *options: str) -> subprocess.Popen[str]:
+    """Start a service that a connection to `address` will activate; systemd listens there."""
     service = subprocess.Popen(
         [
-            *(tool("systemd-socket-activate"), "--seqpacket", "--listen", address),
+            *(tool("systemd-socket-activate"), *options, "--listen", address),
             *("--setenv", f"PYTHONPATH={os.environ.get('PYTHONPATH', '')}"),
             *(sys.executable, "-m", "hangwatch", "serve"),
         ],
@@ -58,7 +57,20 @@ def test_socket_activation(folder: Path) -> None:
         text=True,
     )
     try:
-        wait_until(lambda: listens(address), "systemd listens")
+        wait_until(lambda: listens(address) or service.poll() is not None, "systemd listens")
+        assert service.poll() is None
+    except AssertionError:
+        state = Path(f"/proc/{service.pid}/status").read_text()
+        service.kill()
+        pytest.fail(f"systemd does not listen: {service.communicate()[1]}\n{state}")
+    return service
+
+
+def test_socket_activation(folder: Path) -> None:
+    """A worker's connection starts the service; who waits in the backlog is served, too."""
+    address = str(folder / "s")
+    service = activated(address, "--seqpacket")
+    try:
         # The first connection starts it, which may take longer than a worker waits.
         assert answer(address, hello(), [memfd()]) is None
         worker = subprocess.run(
@@ -83,15 +95,7 @@ def test_socket_activation(folder: Path) -> None:
 
 def test_a_passed_socket_of_another_kind_is_refused(folder: Path) -> None:
     address = str(folder / "s")
-    service = subprocess.Popen(
-        [
-            *(tool("systemd-socket-activate"), "--listen", address),
-            *(sys.executable, "-m", "hangwatch", "serve"),
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_until(lambda: listens(address), "systemd listens")
+    service = activated(address)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream:
         stream.connect(address)
         _, err = service.communicate(timeout=LIMIT)

@@ -11,7 +11,8 @@ from support.watchers import RunningWatcher
 pytestmark = pytest.mark.core
 
 PRELUDE = """
-import ctypes, gc, multiprocessing, os, signal, subprocess, sys, threading, time
+import ctypes, gc, multiprocessing, os, signal, subprocess, sys, threading
+import time, traceback
 import hangwatch
 from hangwatch.page import layout
 from hangwatch.page.view import View
@@ -143,10 +144,28 @@ def test_a_child_of_a_thread_and_its_child_have_pages_of_their_own(
 fork = {"python": os.fork, "c": fork_in_c}[sys.argv[1]]
 inside, leave = threading.Barrier(3), threading.Event()
 
+# A child of a fork in C keeps whatever another thread was doing to the interpreter's lock: where
+# one waited for it, the child waits for ever for a thread that it doesn't have. So nobody asks
+# for the lock, and the fork begins when all the others are known to sleep.
+sys.setswitchinterval(600)
+
+def stay():
+    leave.wait()
+
 def work(name):
     with hangwatch.expires(60, name):
         inside.wait()
-        leave.wait()
+        stay()
+
+def others_sleep():
+    frames = sys._current_frames()
+    main = frames[threading.main_thread().ident]
+    asleep = [main.f_code.co_name in ("_wait_for_tstate_lock", "join")]
+    for thread in threads:
+        frame = frames[thread.ident]
+        within = {outer.f_code.co_name for outer, _ in traceback.walk_stack(frame)}
+        asleep.append(frame.f_code is threading.Condition.wait.__code__ and "stay" in within)
+    return all(asleep)
 
 threads = [threading.Thread(target=work, args=(name,), daemon=True) for name in "ab"]
 for thread in threads: thread.start()
@@ -164,6 +183,7 @@ def child():
         assert scopes() == ["child"], scopes()
 
 def forker():
+    while not others_sleep(): time.sleep(0.001)
     with hangwatch.expires(60, "forker"):
         before = contents()
         child_of(fork, child)
