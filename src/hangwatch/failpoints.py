@@ -1,10 +1,10 @@
 """Named steps of the watcher at which a test can have it fail; inert otherwise.
 
 ``HANGWATCH_FAILPOINTS="ladder.sent=kill@1,visit.*=stop%0.001"`` says what happens where:
-`kill` and `stop` send the process that gets there SIGKILL or SIGSTOP, `sleep:SECONDS` has
-it wait, `fail:ERRNO` raises an `OSError`. ``@N`` restricts that to the N-th time that any
-process of this keeper gets there, ``%P`` to a share P of the times; else it is each time. A
-name may end in ``*``.
+`kill` and `stop` say so on stderr and send the process that gets there SIGKILL or SIGSTOP,
+`sleep:SECONDS` has it wait, `fail:ERRNO` raises an `OSError`. ``@N`` restricts that to the N-th
+time that any process of this keeper gets there, ``%P`` to a share P of the times; else it is
+each time. A name may end in ``*``.
 
 Without that variable a failpoint is a call of an empty function, and none stands in what a
 worker runs.
@@ -126,16 +126,17 @@ class _Failpoints:
                 continue
             # Not one that a fork shares with its siblings.
             if rule.share >= 1.0 or random.SystemRandom().random() < rule.share:
-                _fail(rule)
+                _fail(name, rule)
 
 
-def _fail(rule: _Rule) -> None:
+def _fail(name: str, rule: _Rule) -> None:
     if rule.action == "sleep":
         time.sleep(float(rule.value))
     elif rule.action == "fail":
         number = getattr(errno, rule.value)
         raise OSError(number, os.strerror(number))
     else:
+        os.write(2, f"hangwatch: failpoint {name}: {rule.action}\n".encode())
         os.kill(os.getpid(), signal.SIGKILL if rule.action == "kill" else signal.SIGSTOP)
 
 

@@ -86,9 +86,9 @@ ALONE = [
 ]
 
 
-def lost(log: str) -> int:
-    """Count the watchers that died or stopped, and not those that got no CPU for seconds."""
-    return log.count("died of signal 9 and is replaced") + log.count("is stopped and is replaced")
+def happened(log: str) -> int:
+    """Count the faults; a machine that stands still has watchers replaced that met none."""
+    return log.count("hangwatch: failpoint ")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_the_watcher_at_a_step(
     before = open_files(watcher.keeper_pid)
     healthy = watcher.worker(HEALTHY, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     log, hung = "", 0
-    while lost(log) < len(faults):
+    while happened(log) < len(faults):
         hung += 1
         assert hung <= 1 + len(faults), f"a fault has not happened: {faults}"
         hang_and_be_ended(watcher)
@@ -119,7 +119,7 @@ def test_the_watcher_at_a_step(
     assert watcher_below(watcher.keeper_pid) is not None
     watcher.server.stop()
     log += capfd.readouterr().err
-    assert lost(log) == len(faults), "each step was reached, once"
+    assert happened(log) == len(faults), "each step was reached, once"
     assert "Traceback" not in log
     reported = [report["worker"]["pid"] for report in watcher.reports()]
     assert len(reported) == len(set(reported)) == hung + 1, "each worker is reported once"
@@ -189,7 +189,7 @@ def test_the_watcher_at_a_step_of_a_longer_ladder(
     before = open_files(watcher.keeper_pid)
     healthy = watcher.worker(HEALTHY, stdin=subprocess.PIPE)
     log, hung = "", 0
-    while lost(log) < len(faults):
+    while happened(log) < len(faults):
         hung += 1
         assert hung <= 1 + len(faults), f"a fault has not happened: {faults}"
         climb_a_longer_ladder(watcher, tmp_path / f"{hung}.json", how)
@@ -201,7 +201,7 @@ def test_the_watcher_at_a_step_of_a_longer_ladder(
     wait_until(lambda: open_files(watcher.keeper_pid) <= before, "nothing is left open")
     watcher.server.stop()
     log += capfd.readouterr().err
-    assert lost(log) == len(faults), "each step was reached, once"
+    assert happened(log) == len(faults), "each step was reached, once"
 
 
 def climb_a_longer_ladder(watcher: RunningWatcher, error_file: Path, how: str) -> None:
