@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hangwatch import failpoints
 from support.nursery import LIMIT, Worker
 from support.watchers import CONNECT, RunningWatcher, StartWatcher, wait_until
 
@@ -134,6 +135,22 @@ def test_a_successor_does_not_report_it_again(start_watcher: StartWatcher) -> No
     assert worker.returncode == -9, "the successor looks again, too"
     watcher.wait_for_reports(2, pid=worker.pid)
     assert outcomes(watcher, worker.pid) == ["reported", "reaped"]
+
+
+@pytest.mark.parametrize("step", ["evidence.gathering", "evidence.asking"])
+def test_a_slow_machine_does_not_hide_a_debugger(
+    start_watcher: StartWatcher, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Evidence takes longer than it may where no debugger is loaded."""
+    with monkeypatch.context() as patch:
+        patch.setenv(failpoints.VARIABLE, f"{step}=sleep:2.5@1")
+        watcher = start_watcher()
+    worker = at_prompt(watcher)
+    report = watcher.report(pid=worker.pid)
+    assert report["outcome"] == "reported"
+    assert report["debugger"][1:] == "db is at work in thread MainThread", "pdb or bdb"
+    worker.communicate("continue\n", timeout=LIMIT)
+    assert worker.returncode == 0
 
 
 @pytest.mark.parametrize("choice", ["on_expiry='raise'", "signal=signal.SIGUSR1, grace=1"])

@@ -1,4 +1,4 @@
-"""Gather the evidence of one hang. Runs in a helper process, killed after 2 s."""
+"""Gather the evidence of one hang. Runs in a helper process, killed if it takes too long."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from hangwatch.failpoints import failpoint
 from hangwatch.process import Identity
 from hangwatch.wire import StackChannel
 
-_ANSWER_WITHIN_S = 0.5
+ANSWER_WITHIN = 0.5
 _MOST_BYTES = 4 << 20
 
 
@@ -40,6 +40,7 @@ class Asked:
         names: names of threads by ident, as far as they are known.
         is_overdue: a fresh look whether the block has not ended.
         debugger: the debugger to assume where no stacks show whether it is at work; None: none.
+        answer_within: seconds that the worker has for each request.
     """
 
     identity: Identity
@@ -51,6 +52,7 @@ class Asked:
     is_overdue: Callable[[], bool]
     unasked: str | None = None
     debugger: str | None = None
+    answer_within: float = ANSWER_WITHIN
 
 
 def collect(asked: Asked) -> tuple[list[ThreadStack], list[str]]:
@@ -185,7 +187,7 @@ def _wait_for(asked: Asked, memfd: int, tid: int, signal: int) -> str | None:
     # blocked has been dealt with (sigaction(2), without SA_NODEFER). But it is neither, too,
     # for the moment between leaving the queue and entering the handler. So it must look
     # done, and nothing be added, for a while: long where the thread runs, or wrote nothing.
-    until = monotonic() + _ANSWER_WITHIN_S
+    until = monotonic() + asked.answer_within
     done_since, size = monotonic(), 0
     while monotonic() < until:
         masks = proc.signal_masks(asked.identity.pid, tid)
@@ -200,4 +202,4 @@ def _wait_for(asked: Asked, memfd: int, tid: int, signal: int) -> str | None:
         if monotonic() - done_since >= enough:
             return None
         sleep(0.001)
-    return f"no complete answer within {_ANSWER_WITHIN_S:g} s"
+    return f"no complete answer within {asked.answer_within:g} s"

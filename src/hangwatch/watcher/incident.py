@@ -19,7 +19,7 @@ from time import monotonic
 from hangwatch.evidence.gather import gather
 from hangwatch.evidence.model import Action, Evidence, Outcome, Report
 from hangwatch.evidence.report import facts, headline
-from hangwatch.evidence.stacks import Asked
+from hangwatch.evidence.stacks import ANSWER_WITHIN, Asked
 from hangwatch.failpoints import failpoint
 from hangwatch.page.view import Armed
 from hangwatch.policy import OnExpiry
@@ -30,7 +30,10 @@ from hangwatch.watcher.raising import SoftEnding
 from hangwatch.watcher.reporter import BY_ANOTHER, RAISE, Reporter, name_of
 from hangwatch.watcher.verdict import Surroundings, Verdict
 
-EVIDENCE_WITHIN = 2.0
+_EVIDENCE_WITHIN = 2.0
+# How many times as long evidence may take, and an answer of the worker's, where a debugger is
+# loaded: on a busy machine, too, who is at a prompt must be seen to be, or dies of it.
+_PATIENCE = 5
 MOST_GATHERING = MOST_PUBLISHING = 4
 _PUBLISH_WITHIN = 10.0
 _DEAD_WITHIN = 5.0
@@ -173,18 +176,22 @@ class Incident:
             return "only a worker that is about to be killed is asked: a request can disturb it"
         return None
 
+    def _may_be_debugged(self) -> bool:
+        """Tell whether stacks may show a debugger at work, which spares the worker."""
+        return self._asks_for_debuggers() and self.verdict.worker.reader.debugger_is_loaded()
+
     def _assumed_debugger(self) -> str | None:
         """Name the debugger that may be at work in a worker that is not asked for its stacks."""
-        if self._is_about_to_be_killed() or not self._asks_for_debuggers():
-            return None
-        if not self.verdict.worker.reader.debugger_is_loaded():
+        if self._is_about_to_be_killed() or not self._may_be_debugged():
             return None
         return "bdb or pydevd is loaded, and may be at work"
 
     def _gather(self) -> Course:
+        patience = _PATIENCE if self._may_be_debugged() else 1
+        within = patience * _EVIDENCE_WITHIN
         # Where many hang at once somebody may be debugging one of them: it is worth a wait.
         is_our_turn = yield from self._around.clock.wait(
-            EVIDENCE_WITHIN * (2 if self._asks_for_debuggers() else 1),
+            within * (2 if self._asks_for_debuggers() else 1),
             lambda: self._around.gathering() < MOST_GATHERING,
         )
         if not is_our_turn:
@@ -201,6 +208,7 @@ class Incident:
             is_overdue=lambda: worker.reader.is_still(verdict.found),
             unasked=self._why_unasked(),
             debugger=self._assumed_debugger(),
+            answer_within=patience * ANSWER_WITHIN,
         )
         try:
             helper = self._around.start_helper(
@@ -212,11 +220,11 @@ class Incident:
             return
         self.gathering = True
         failpoint("incident.gathering")
-        yield from self._around.clock.wait(EVIDENCE_WITHIN, lambda: helper.done)
+        yield from self._around.clock.wait(within, lambda: helper.done)
         self.gathering = False
         failpoint("incident.gathered")
         if not helper.done:
-            self._problems.append(f"evidence: not complete within {EVIDENCE_WITHIN:g} s")
+            self._problems.append(f"evidence: not complete within {within:g} s")
             helper.kill()
         elif helper.result is None:
             self._problems.append("evidence: gathering it failed")
