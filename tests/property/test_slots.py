@@ -375,9 +375,14 @@ def test_slots_change_hands_at_the_cap_and_none_has_two_owners() -> None:
         problems: list[str] = []
         watched = 0
 
+        # Each has five scopes by then: more than there are slots.
+        lasting_ones_met = threading.Barrier(6)
+
         def run(name: str, turns: int) -> None:
             nonlocal watched
             for turn in range(turns):
+                if turn == 5 and turns == 1000:
+                    lasting_ones_met.wait()
                 scope = f"{name}.{turn % 5}"
                 with hangwatch.expires(60, scope) as block:
                     for _ in range(3):

@@ -23,7 +23,7 @@ from stress.workers import (
     be_a_victim,
     survive,
 )
-from support.clocks import Clocks
+from support.clocks import STOOD_STILL, Clocks
 from support.history import own_log
 from support.processes import fork
 
@@ -114,6 +114,7 @@ class Driver:
         self._started = 0
         self._kills = 0
         self._look_at = 0.0
+        self._awake_by = inf
         self._stop = False
         self._is_over = False
 
@@ -215,12 +216,16 @@ class Driver:
     def _look(self) -> None:
         """Sleep a moment; kill the victims whose time it is; see who of the survivors is dead."""
         now = time.monotonic()
+        if now > self._awake_by + STOOD_STILL:
+            # Whom it should have killed lived on meanwhile, and who died was not seen to.
+            self._log.write("stood still", value=now - self._awake_by)
         for victim in self._victims:
             if victim.dies_at == inf and self._phases[victim.place] >= victim.begins:
                 victim.dies_at = now + victim.lives
         due = min((each.dies_at for each in self._victims if not each.killed), default=now + 1)
         dying = any(each.killed for each in self._victims)
-        time.sleep(max(0.0, min(due, self._look_at, now + (_DYING if dying else 1)) - now))
+        self._awake_by = max(now, min(due, self._look_at, now + (_DYING if dying else 1)))
+        time.sleep(self._awake_by - now)
         for victim in list(self._victims):
             if victim.killed or victim.dies_at <= time.monotonic():
                 self._look_at_victim(victim)

@@ -18,8 +18,8 @@ from support.processes import fork
 from support.watchers import wait_until
 
 _NAP = 0.02
-# A nap that takes so much longer means that the CPU stood still.
-_STOOD_STILL = 0.1
+STOOD_STILL = 0.1
+"""Seconds: who sleeps for so much longer than it meant to was kept from running."""
 
 
 class Clocks:
@@ -41,8 +41,8 @@ class Clocks:
             self.pids.append(fork(partial(self._run, place, cpu, log)))
 
     def stood_still(self) -> float:
-        """Return for how many seconds the CPU that stood still for longest has done so."""
-        return max(self._seconds[: len(self.pids)])
+        """Return for how many seconds any CPU stood still, at most: of all of them together."""
+        return sum(self._seconds[: len(self.pids)])
 
     def close(self) -> None:
         """End the processes, once each has noted what it may just have overslept."""
@@ -59,7 +59,7 @@ class Clocks:
             before = time.monotonic()
             time.sleep(_NAP)
             overslept = time.monotonic() - before - _NAP
-            if overslept > _STOOD_STILL:
+            if overslept > STOOD_STILL:
                 self._seconds[place] += overslept
                 log.write("stood still", value=overslept)
             self._looks[place] = before
