@@ -123,7 +123,7 @@ class Core:
         size = layout.HEADER_BYTES + CAPACITY * layout.SLOT_BYTES
         self.page = mmap.mmap(-1, size)
         self.words = memoryview(self.page).cast("d")
-        self.slots = self.module.Slots(self.page, self.ring, layout.HEADER_BYTES, CAPACITY)
+        self.slots = self.module.Slots(self.page, self.ring, CAPACITY)
 
     def ring(self) -> bool:
         self.said.append(("ring",))
@@ -150,7 +150,7 @@ class Core:
             )
             return layout.pack_details(said, keep_end=False)
 
-        is_armed = self.slots.arm(block, block.after, details, self.task(), choice is None)
+        is_armed = self.slots.arm(block, details, self.task(), choice is None)
         self.said.append(("armed", is_armed))
         return Other(self.said, fails=block.after == 1000) if choice == "other" else None
 

@@ -113,7 +113,7 @@ class WorkerClient:
             return details_of(block.after, name, block.lasti >= 0, asked)
 
         def arm() -> bool:
-            armed = bool(page.slots.arm(block, block.after, details, task_in_page, quiet))
+            armed = bool(page.slots.arm(block, details, task_in_page, quiet))
             if armed and raises and task == 0.0 and block.place is not None:
                 soft_ending.note(page, block.place, name, asked.raises)
             return armed
@@ -296,10 +296,10 @@ def _unwatched(block: Expiration, quiet: bool) -> Other | None:
         try:
             memory = mmap.mmap(-1, layout.PAGE_BYTES, flags=flags)
             memoryview(memory).cast("d")[layout.WATCH_UNTIL] = inf
-            _void = core.Slots(memory, lambda: False, layout.HEADER_BYTES, layout.CAPACITY)
+            _void = core.Slots(memory, lambda: False, layout.CAPACITY)
         except OSError:
             return UNWATCHED
-    armed = _void.arm(block, inf, layout.no_details, 0.0, quiet)
+    armed = _void.arm(block, layout.no_details, 0.0, quiet)
     return None if armed else UNWATCHED
 
 

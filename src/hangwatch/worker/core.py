@@ -1,34 +1,35 @@
 """The core in plain Python: blocks, and the slots of a page that they arm.
 
-This is the reference of `_core.c`, which does the same in single calls of C code, and runs
+This is the reference of `_core.c`, which does the same in single calls of C code. It runs
 where that can't: without a compiler, without a GIL, in an interpreter with a GIL of its own.
 
 One object is one block. Entering it arms a slot; leaving it disarms the slot, and so does the
 object's end, whatever skipped ``__exit__``: an interrupt at its first instruction, a trace
-function, a generator that nobody finishes. In plain Python an interrupt between two
-instructions of ours can leave a block armed that has not begun, until its object is gone, or
-keep a slot from being used again; never does it leave a block unarmed that is open. In a storm
-of interrupts one in five costs a slot, so after some 20,000 of them, all within blocks, a page
-has none left: blocks run unwatched then, with one warning (tests/property/test_storm.py).
+function, a generator that nobody finishes.
 
-What a block is once a thread has entered it, scope, limit and policy, is its *key*. A thread
-keeps the slots of its keys, their details written, so entering again is two stores.
+What a block is to its thread (scope, limit and what else its caller chose) is its *key*. A
+thread keeps the slots of its keys, their details written, so entering again is two stores.
+A slot is in one of three places: free in its page, free in a key, or armed by a block. When a
+key is forgotten, its free slots return to their page, and the others when their blocks end.
 
-`hooks` decide all that is not plain, see `use`.
+In plain Python an interrupt between two instructions of ours can leave a block armed that has
+not begun, until its object is gone, or keep a slot from being used again; never does it leave
+a block unarmed that is open. In a storm of interrupts one in five costs a slot, so after some
+20,000 of them, all within blocks, a page has none left: blocks run unwatched then, with one
+warning (tests/property/test_storm.py).
+
+`Hooks` decide all that is not plain, see `use`.
 """
 
 from __future__ import annotations
 
 import errno
-import itertools
 import mmap
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from functools import partial, reduce
-from math import inf
 from struct import Struct
 from time import monotonic
 from weakref import WeakValueDictionary, ref
@@ -71,152 +72,129 @@ if TYPE_CHECKING:
 LAYOUT = layout.VERSION
 
 _MOST_KEYS = 64
-_MOST_NOTED = 64
+_LOOK_EVERY = 64
 _HAS_GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
 _DISARM = Struct("=d??")
 """The deadline 0.0; then whatever a weak reference's callback is given, where nobody reads."""
 _WIPE_ON_FORK = 18  # MADV_WIPEONFORK, madvise(2): Python 3.11 has no name for it
 
 
-class _Home(list["Slot"]):
-    """The free slots of a key."""
+class _Key:
+    """What a thread enters again and again.
 
-    __slots__ = ("alive", "keeps", "slots")
+    Attributes:
+        slots: of the page where such blocks are armed.
+        keeps: what the key tells by its identity; nothing else may get that while it lives.
+        quiet: whether its blocks are entered without asking the hooks.
+        known: whether its thread still has it.
+        free: its slots that no block has.
+    """
+
+    __slots__ = ("free", "keeps", "known", "quiet", "slots")
 
     def __init__(self, slots: Slots, keeps: object) -> None:
         self.slots = slots
-        self.keeps = keeps  # what the key speaks of by identity
-        self.alive = True
+        self.keeps = keeps
+        self.quiet = False
+        self.known = True
+        self.free: list[Slot] = []
+
+    def take(self) -> Slot | None:
+        """Take one of its free slots; None: it has none."""
+        try:
+            return self.free.pop()
+        except IndexError:
+            return None
+
+    def put(self, slot: Slot) -> None:
+        """Take a slot back that no block has any more."""
+        self.free.append(slot)
+        if not self.known:
+            self.give_back()
 
     def give_back(self) -> None:
-        """Let other keys have the slots."""
-        while self:
-            try:
-                slot = self.pop()
-            except IndexError:  # another thread has taken the last one
-                return
+        """Let other keys have its free slots."""
+        while (slot := self.take()) is not None:
             self.slots.give_back(slot)
 
 
-class _Thread:
-    """What a thread has: its keys, and its open blocks by their time of entry.
+class _Keys(dict[Hashable, _Key]):
+    """A thread's keys; thread-local storage alone holds them, so they end with the thread."""
 
-    Attributes:
-        homes: by the keys that are entered without asking.
-        asked: by the others, and their page.
-        ident: whose it is; it gets another one of these when its keys are forgotten.
-        open: slots that are armed, or were.
-        order: how many blocks it has entered.
-    """
-
-    __slots__ = ("__weakref__", "asked", "homes", "ident", "open", "order")
-
-    def __init__(self) -> None:
-        self.ident = threading.get_ident()
-        self.homes: dict[Hashable, _Home] = {}
-        self.asked: dict[Hashable, _Home] = {}
-        self.open: list[Slot] = []
-        self.order = 0
-        _threads[id(self)] = self
-
-    def forget_keys(self, *, for_good: bool) -> None:
-        """Give slots back; `for_good`: those of open blocks, too, when they end."""
-        for homes in self.homes, self.asked:
-            for key, home in list(homes.items()):
-                if for_good:
-                    home.alive = False
-                    homes.pop(key, None)
-                home.give_back()
-
-    def forget_ended(self) -> None:
-        """Give back the slots of blocks that ended by their object's end; called by the thread."""
-        for slot in self.open:
-            if slot.is_lost():
-                slot.slots.give_back(slot)
-        self.open = [slot for slot in self.open if slot.is_armed()]
-
-
-class _ThreadEnd:
-    """Lives in thread-local storage alone, so that it dies with the thread."""
-
-    def __init__(self, thread: _Thread) -> None:
-        self.thread = thread
+    __slots__ = ("__weakref__",)
 
     def __del__(self) -> None:
         # A forked child ends all threads but one before any hook of ours can run, and the
         # pages are still its parent's then. At the interpreter's end nothing is left of us.
         if _ended is False and _token[0]:
-            self.thread.forget_keys(for_good=True)
-            self.thread.forget_ended()
+            self.forget()
+
+    def forget(self) -> None:
+        """Have the thread ask at its next blocks; called from any thread."""
+        for name, key in list(self.items()):
+            key.known = False
+            self.pop(name, None)
+            key.give_back()
 
 
-class _PerThread(threading.local):
+class _Thread(threading.local):
+    """What the calling thread has.
+
+    Attributes:
+        keys: its keys, by `Expiration._key`.
+        open: the slots of its blocks, in order of entry.
+    """
+
     def __init__(self) -> None:
-        self.thread = _Thread()
-        self.end = _ThreadEnd(self.thread)
+        self.keys = _Keys()
+        self.open: dict[Slot, None] = {}
+        _all_keys[id(self.keys)] = self.keys
 
 
 class Slot:
     """One place of a page, given to a key.
 
     Attributes:
-        home: the free slots of that key.
+        at: its first word in the page.
+        words: the page's words.
+        open: its thread's, see `_Thread`.
         disarm: disarms, whatever it is given.
-        end: calls that when the object is gone that entered the slot; None: it is not entered.
-        given: empty once the slot was given back.
+        end: calls that when the block's object is gone; None: no block has the slot.
     """
 
-    __slots__ = (
-        "at",
-        "disarm",
-        "end",
-        "entry",
-        "given",
-        "home",
-        "index",
-        "limit",
-        "order",
-        "slots",
-        "task",
-        "thread",
-        "words",
-    )
+    __slots__ = ("at", "disarm", "end", "entry", "index", "key", "open", "task", "words")
 
-    def __init__(self, slots: Slots, index: int, thread: _Thread, home: _Home) -> None:
-        self.slots = slots
+    def __init__(self, index: int, key: _Key) -> None:
+        slots = key.slots
         self.index = index
-        self.thread = thread
-        self.home = home
+        self.key = key
+        self.open = _thread.open
         self.words = slots.words
-        self.at = at = slots.first // 8 + index * layout.SLOT_WORDS
+        self.at = at = layout.deadline_word(index)
         self.disarm: Callable[[object], None] = partial(
             _DISARM.pack_into, slots.memory, at * 8, 0.0
         )
         self.end: ref[Expiration] | None = None
-        self.given = [True]
         self.entry = layout.next_generation(self.words[at + layout.ENTRY])
-        self.limit = inf
-        self.order = 0
         self.task = 0.0
 
     def is_armed(self) -> bool:
-        """Tell whether it is armed, and not another key's place by now."""
-        return bool(self.given) and self.words[self.at] != 0.0
+        """Tell whether its block is open."""
+        return self.words[self.at] != 0.0
 
     def is_lost(self) -> bool:
-        """Tell whether the block that had it ended by its object's end."""
+        """Tell whether its block ended by its object's end, so that nobody took the slot back."""
         end = self.end
-        return end is not None and end() is None and self.words[self.at] == 0.0
+        return end is not None and end() is None and not self.is_armed()
 
 
 class Slots:
     """All slots of one page.
 
     Args:
-        memory: the page.
+        mapped: the page.
         ring: called, from any thread, when the watcher must be told of a new deadline; returns
             whether it connected first, which is not the block's time.
-        first: the byte at which the slots begin.
         capacity: how many there are.
 
     Attributes:
@@ -226,40 +204,29 @@ class Slots:
         OSError: there is no way to keep a forked child from writing this memory.
     """
 
-    def __init__(
-        self, memory: mmap.mmap, ring: Callable[[], bool], first: int, capacity: int
-    ) -> None:
+    def __init__(self, mapped: mmap.mmap, ring: Callable[[], bool], capacity: int) -> None:
         if linux is None:
             raise OSError(errno.ENOSYS, "this Python has neither ctypes nor hangwatch's core in C")
-        self.memory = memoryview(memory)
+        self.mapped = mapped
+        self.memory = memoryview(mapped)
         self.words = self.memory.cast("d")
-        self._address = linux.address_of(self.memory)
-        self.first = first
-        self._ring = ring
-        self._capacity = capacity
-        self._next_index = itertools.count()
-        self._free: deque[int] = deque()
-        self._given: dict[int, Slot] = {}
-        self._mapped = memory
+        self.ring = ring
         self.closed = False
+        self._address = linux.address_of(self.memory)
+        self._free = list(reversed(range(capacity)))
+        self._given: set[Slot] = set()
         if not _HAS_GIL:
             # Counting them takes two steps, between which another thread could count, too.
             self.words[layout.SLOTS_IN_USE] = capacity
         _pages[id(self)] = self
 
     def arm(
-        self,
-        block: Expiration,
-        limit: float,
-        details: Callable[[], bytes],
-        task: float,
-        quiet: bool,
+        self, block: Expiration, details: Callable[[], bytes], task: float, quiet: bool
     ) -> bool:
         """Arm a slot for a block that is being entered.
 
         Args:
             block: the block.
-            limit: seconds that it may take.
             details: returns what a new slot says besides; see `layout.pack_details`.
             task: which task of an event loop enters it; 0.0: none.
             quiet: whether the thread may enter this key again without asking.
@@ -271,124 +238,121 @@ class Slots:
             forget_parent()
         if self.closed:
             return False
-        thread = _local.thread
-        homes: dict[Hashable, _Home] = thread.homes if quiet else thread.asked
-        key: Hashable = block._key if quiet else (block._key, id(self))
-        home = homes.get(key)
-        if home is None or home.slots is not self:
-            if home is not None or len(homes) >= _MOST_KEYS:
-                thread.forget_keys(for_good=True)
-            homes[key] = home = _Home(self, (block.scope, block.asked))
-        try:
-            slot = home.pop()
-        except IndexError:
-            written = details()
-            index = self._free_index()
-            if index is None:
-                return False
-            slot = Slot(self, index, thread, home)
-            at = slot.at
-            # The new generation goes first: who reads the rest in between sees it change.
-            self.words[at + layout.ENTRY] = slot.entry
-            begin = (at + layout.LIMIT) * 8
-            self.memory[begin : begin + len(written)] = written
-            self._given[index] = slot
-            # No calls: two threads may come here with neighbouring indices.
-            if self.words[layout.SLOTS_IN_USE] <= index:
-                self.words[layout.SLOTS_IN_USE] = index + 1.0
-        slot.limit = limit
-        _arm(block, slot, task)
+        keys = _thread.keys
+        key = keys.get(block._key)
+        if key is None or key.slots is not self:
+            if key is not None or len(keys) >= _MOST_KEYS:
+                keys.forget()
+            key = keys[block._key] = _Key(self, (block.scope, block.asked))
+        key.quiet = quiet
+        slot = key.take() or self._give(key, details())
+        if slot is None:
+            return False
+        block._arm(slot, task)
         return True
 
-    def ring(self, slot: Slot, entry: float) -> None:
-        """Ask the watcher for a look."""
-        if self.closed or not self._ring():
-            return
-        # It connected first, which is not the block's time.
-        later = monotonic() + slot.limit
-        deadline = slot.words[slot.at]
-        if deadline == 0.0 or slot.entry != entry:
-            return
-        slot.words[slot.at] = later
-        if monotonic() >= deadline:
-            # The first deadline may have been found overdue, and the other one not yet.
-            self._ring()
+    def _give(self, key: _Key, details: bytes) -> Slot | None:
+        """Give a key a slot, its details written; None: none is left."""
+        if len(self._given) % _LOOK_EVERY == 0:
+            self._give_back_lost()
+        try:
+            index = self._free.pop()
+        except IndexError:
+            forget_keys()
+            self._give_back_lost()
+            if not self._free:
+                return None
+            index = self._free.pop()
+        slot = Slot(index, key)
+        # The new generation goes first: who reads the rest in between sees it change.
+        self.words[slot.at + layout.ENTRY] = slot.entry
+        begin = (slot.at + layout.LIMIT) * 8
+        self.memory[begin : begin + len(details)] = details
+        self._given.add(slot)
+        # No calls: two threads may come here with neighbouring indices.
+        if self.words[layout.SLOTS_IN_USE] <= index:
+            self.words[layout.SLOTS_IN_USE] = index + 1.0
+        return slot
 
-    def ring_again(self) -> None:
-        """Ask the watcher for a look, for a block that has had its first one."""
-        if not self.closed:
-            self._ring()
+    def give_back(self, slot: Slot) -> None:
+        """Let another key have a slot that is not armed."""
+        with suppress(KeyError):  # another thread has given it back
+            self._given.remove(slot)
+            slot.open.pop(slot, None)
+            slot.words[slot.at + layout.IDENT] = 0.0  # the thread's name is nobody's from here on
+            self._free.append(slot.index)
+
+    def _give_back_lost(self) -> None:
+        for slot in list(self._given):
+            if slot.is_lost():
+                self.give_back(slot)
 
     def forget_parent(self) -> None:
         """In a forked child: put private memory under every handle to the parent's page."""
         self.closed = True
         linux.make_private(self._address, len(self.memory))
 
-    def give_back(self, slot: Slot) -> None:
-        """Let another key have a slot that is not armed."""
-        with suppress(IndexError):  # another thread has given it back
-            slot.given.pop()
-            slot.words[slot.at + layout.IDENT] = 0.0  # the thread's name is nobody's from here on
-            self._free.append(slot.index)
-
-    def _free_index(self) -> int | None:
-        for _ in range(2):
-            try:
-                return self._free.pop()
-            except IndexError:
-                pass
-            index = next(self._next_index)
-            if index < self._capacity:
-                return index
-            for thread in _alive(_threads):
-                thread.forget_keys(for_good=False)
-            for slot in list(self._given.values()):
-                if slot.is_lost():
-                    self.give_back(slot)
-        return None
-
 
 class Expiration:
     """A block's timer: what `expires` returns; a context manager, and a decorator.
 
     One object is one block: it is entered once, and may be left in another thread or task.
+
+    Attributes:
+        after: its limit in seconds.
+        scope: its name; or, where the caller gave none, the caller's code.
+        lasti: the instruction of that code; -1 with a name.
+        asked: what else the caller chose; None: nothing.
+        other: what `Hooks.enter` returned, until the block is left.
     """
 
-    __slots__ = ("__weakref__", "_key", "_slot", "asked", "other", "scope")
+    __slots__ = (
+        "__weakref__",
+        "_entered",
+        "_key",
+        "_slot",
+        "after",
+        "asked",
+        "lasti",
+        "other",
+        "scope",
+    )
 
-    # Set by `expires`; an __init__ would cost as much as all the rest of it.
-    _key: tuple[Any, int, float, Hashable]
-    """The scope, or the id of its code; see `block`."""
-    _slot: Slot | None
-    asked: tuple[object, ...] | None
-    other: Any
-    """What `Hooks.enter` returned."""
-    scope: str | CodeType
+    def __init__(
+        self, after: float, scope: str | CodeType, lasti: int, asked: tuple[object, ...] | None
+    ) -> None:
+        self.after = after
+        self.scope = scope
+        self.lasti = lasti
+        self.asked = asked
+        # As in C: no code of theirs runs where a block is looked up.
+        what = scope if lasti < 0 else id(scope)
+        self._key = what, lasti, after, None if asked is None else tuple(map(id, asked))
+        self._entered = False
+        self._slot: Slot | None = None
+        self.other: Any = None
 
     def __enter__(self) -> Expiration:
-        if self._slot is not None:
+        if self._entered:
             raise _hooks.entered()
         if _ended is not False:
             return self
         if not _token[0]:
             forget_parent()
-        slot: Slot | None
-        task = _Asyncio.task()
-        try:
-            slot = _local.thread.homes[self._key].pop()
-        except (KeyError, IndexError):
-            slot = None
+        task = _current_task()
+        key = _thread.keys.get(self._key)
+        # `take` has the except clause: CPython 3.11 keeps an exception, and with it the frame, if
+        # a trace function raises where its handling ends (tests/property/test_storm.py).
+        slot = key.take() if key is not None and key.quiet else None
         if slot is not None:
-            _arm(self, slot, task)
+            self._arm(slot, task)
             return self
-        # After the except clause: CPython 3.11 keeps an exception, and with it our frame, if a
-        # trace function raises where its handling ends (tests/property/test_storm.py).
-        self._slot = _NONE
+        self._entered = True
         try:
             self.other = _hooks.enter(self)
         except BaseException:
             self._disarm()
-            self._slot = None
+            self._entered = False
             raise
         return self
 
@@ -423,24 +387,20 @@ class Expiration:
             UnsupportedError: the block's client can't do that.
             ValueError, TypeError: `after` is not a positive number.
         """
-        slot = self._slot
         if not _token[0]:
             forget_parent()
-        if after is not None or slot is None or slot is _NONE or self.other is not None:
+        slot = self._slot
+        if after is not None or slot is None or self.other is not None:
             _hooks.renew(self, after)
             return
-        words, at = slot.words, slot.at
-        now = monotonic()
-        deadline = now + slot.limit
+        words, at, limit = slot.words, slot.at, self.after
         if words[at + layout.RENEWED_ENTRY] != slot.entry:
-            words[at + layout.ENTERED] = words[at] - slot.limit
+            words[at + layout.ENTERED] = words[at] - limit
             words[at + layout.RENEWED_ENTRY] = slot.entry
-        words[at + layout.RENEWED_LIMIT] = slot.limit
+        words[at + layout.RENEWED_LIMIT] = limit
         words[at + layout.RAISED_ENTRY] = 0.0
         words[at + layout.SKIPPED_ENTRY] = 0.0
-        words[at] = deadline
-        if not now < words[layout.WATCH_UNTIL] <= deadline:
-            slot.slots.ring_again()
+        self._set_deadline(slot)
 
     cancel: Callable[[], None]
     """See `handle.cancel`; it, and what follows, is the same for either core."""
@@ -452,17 +412,7 @@ class Expiration:
 
     def again(self) -> Expiration:
         """Return another object for the same block, which nobody has entered yet."""
-        return block(self.after, self.scope, self.lasti, self.asked)
-
-    @property
-    def after(self) -> float:
-        """See `block`."""
-        return self._key[2]
-
-    @property
-    def lasti(self) -> int:
-        """See `block`."""
-        return self._key[1]
+        return type(self)(self.after, self.scope, self.lasti, self.asked)
 
     @property
     def place(self) -> tuple[object, int, float] | None:
@@ -470,137 +420,104 @@ class Expiration:
         if not _token[0]:
             forget_parent()
         slot = self._slot
-        if slot is None or slot is _NONE:
-            return None
-        return slot.slots._mapped, slot.index, slot.entry
+        return None if slot is None else (slot.key.slots.mapped, slot.index, slot.entry)
+
+    def _arm(self, slot: Slot, task: float) -> None:
+        """Arm a slot; if that raises, it is not armed."""
+        # Disarms once if the token is 1, so never in a forked child, in one call of C code.
+        slot.end = ref(self, partial(reduce, slot.disarm, filter(None, _token)))
+        slot.open[slot] = None
+        self._slot = slot
+        self._entered = True
+        words, at = slot.words, slot.at
+        if slot.task != task:
+            slot.task = words[at + layout.TASK] = task
+        try:
+            # The order of entry, deadline and watch_until is the protocol's.
+            slot.entry = words[at + layout.ENTRY] = slot.entry + 1.0
+            self._set_deadline(slot)
+        except BaseException:
+            self._disarm()
+            self._entered = False
+            raise
+
+    def _set_deadline(self, slot: Slot) -> None:
+        """Have the block's time begin now, and the watcher know of it."""
+        words, at, slots = slot.words, slot.at, slot.key.slots
+        now = monotonic()
+        words[at] = deadline = now + self.after
+        if now < words[layout.WATCH_UNTIL] <= deadline or slots.closed or not slots.ring():
+            return
+        # It connected first, which is not the block's time.
+        later = monotonic() + self.after
+        # No calls: another thread may end the block meanwhile.
+        deadline = words[at]
+        if deadline == 0.0 or self._slot is not slot:
+            return
+        words[at] = later
+        if monotonic() >= deadline:
+            # The first deadline may have been found overdue, and the other one not yet.
+            slots.ring()
 
     def _disarm(self, left: bool = False) -> None:
         slot = self._slot
-        if slot is None or slot is _NONE:
+        if slot is None:
             return
         if _ended is False and not _token[0]:
             forget_parent()
         slot.words[slot.at] = 0.0
-        self._slot = _NONE
-        slot.end = None
+        self._slot = None
         if _ended is not False:
+            slot.end = None
             return
-        thread, home = slot.thread, slot.home
-        if thread.open and thread.open[-1] is slot:
-            thread.open.pop()
-        else:
-            _left_out_of_order(thread, slot, left)
-        home.append(slot)
-        if not home.alive:
-            home.give_back()
+        if left and slot.task == 0.0 and [*slot.open][-1:] != [slot]:
+            _note_skipped(slot)
+        slot.open.pop(slot, None)
+        slot.end = None
+        slot.key.put(slot)
 
 
-def _arm(block: Expiration, slot: Slot, task: float) -> None:
-    """Arm a slot, the same way as `_core.c`."""
-    words, at, thread = slot.words, slot.at, slot.thread
-    block._slot = slot
-    # Disarms once if the token is 1, so never in a forked child, in one call of C code.
-    slot.end = ref(block, partial(reduce, slot.disarm, filter(None, _token)))
-    thread.order = slot.order = thread.order + 1
-    if len(thread.open) >= _MOST_NOTED:
-        thread.forget_ended()
-    thread.open.append(slot)
-    if slot.task != task:
-        slot.task = words[at + layout.TASK] = task
-    try:
-        # The order of entry, deadline and watch_until is the protocol's.
-        slot.entry = words[at + layout.ENTRY] = entry = slot.entry + 1.0
-        now = monotonic()
-        words[at] = deadline = now + slot.limit
-        if not now < words[layout.WATCH_UNTIL] <= deadline:
-            slot.slots.ring(slot, entry)
-    except BaseException:
-        block._disarm()
-        block._slot = None
-        raise
-
-
-def _left_out_of_order(thread: _Thread, slot: Slot, left: bool) -> None:
-    """Note that blocks were skipped which the thread entered later and that are open still."""
-    thread.open = [other for other in thread.open if other is not slot and other.is_armed()]
+def _note_skipped(slot: Slot) -> None:
+    """Note which blocks are open still that the thread entered after the one that it leaves."""
+    in_order = list(slot.open)
     newer = [
         (other, other.entry)
-        for other in thread.open
-        if other.order > slot.order and other.task == 0.0
+        for other in in_order[in_order.index(slot) + 1 :]
+        if other.task == 0.0 and other.is_armed()
     ]
-    if left and newer and slot.task == 0.0 and thread is _local.thread:
-        if not _hooks.switches_within_a_thread():
-            for other, entry in newer:
-                if other.entry == entry and other.is_armed():
-                    other.words[other.at + layout.SKIPPED_ENTRY] = entry
+    if newer and slot.open is _thread.open and not _hooks.switches_within_a_thread():
+        for other, entry in newer:
+            other.words[other.at + layout.SKIPPED_ENTRY] = entry
 
 
-class _Asyncio:
-    """What asyncio says of this thread, as soon as we have seen it imported."""
-
-    running_loop: Callable[[], object] | None = None
-    task_of: Callable[[object], object]
-
-    @classmethod
-    def task(cls) -> float:
-        """Return the identity of the task that runs in this thread; 0.0: no loop runs."""
-        if cls.running_loop is None:
-            return 0.0
-        loop = cls.running_loop()
-        return 0.0 if loop is None else float(id(cls.task_of(loop)))
+block = Expiration
+"""Makes a block of checked arguments."""
 
 
-def block(
-    after: float, scope: str | CodeType, lasti: int, asked: tuple[object, ...] | None
-) -> Expiration:
-    """Make a block of checked arguments.
+def _make_expires(
+    new: type[Expiration], frame_of: Callable[[int], FrameType], largest: float
+) -> Callable[..., Expiration]:
+    """Make `expires`, which has all that it needs: it is called at the interpreter's end, too."""
 
-    Args:
-        after: its limit in seconds.
-        scope: its name; or, where the caller gave none, the caller's code.
-        lasti: the instruction of that code; -1 with a name.
-        asked: what else the caller chose; None: nothing.
-    """
-    what = scope if lasti < 0 else id(scope)
-    # As in C: no code of theirs runs where a block is looked up.
-    choice = None if asked is None else tuple(map(id, asked))
-    made = Expiration()
-    made._key = what, lasti, after, choice
-    made.scope = scope
-    made.asked = asked
-    made._slot = made.other = None
-    return made
+    def expires(after: float, scope: str | None = None, *more: Any, **named: Any) -> Expiration:
+        if (
+            more
+            or named
+            or type(after) not in (float, int)
+            or not 0 < after <= largest
+            or not (scope is None or (type(scope) is str and scope))
+        ):
+            return _hooks.declare(after, scope, *more, **named)
+        if scope is not None:
+            return new(float(after), scope, -1, None)
+        frame = frame_of(1)
+        return new(float(after), frame.f_code, frame.f_lasti, None)
+
+    return expires
 
 
-def expires(
-    after: float,
-    scope: str | None = None,
-    *more: Any,
-    _new: type[Expiration] = Expiration,
-    _frame: Callable[[int], FrameType] = sys._getframe,
-    _largest: float = sys.float_info.max,
-    **named: Any,
-) -> Expiration:
-    """See `hangwatch.worker.expiration.expires`, whose docstring this gets."""
-    # What it needs is at hand: it is called at the interpreter's end, too.
-    if (
-        more
-        or named
-        or type(after) not in (float, int)
-        or not 0 < after <= _largest
-        or not (scope is None or (type(scope) is str and scope))
-    ):
-        return _hooks.declare(after, scope, *more, **named)
-    made = _new()
-    if scope is None:
-        frame = _frame(1)
-        made.scope = code = frame.f_code
-        made._key = id(code), frame.f_lasti, float(after), None
-    else:
-        made.scope = scope
-        made._key = scope, -1, float(after), None
-    made._slot = made.other = made.asked = None
-    return made
+expires = _make_expires(Expiration, sys._getframe, sys.float_info.max)
+"""See `hangwatch.worker.expiration.expires`, whose docstring this gets."""
 
 
 def use(hooks: Hooks, description: str | None) -> None:
@@ -613,14 +530,20 @@ def use(hooks: Hooks, description: str | None) -> None:
 
 def ask_asyncio(running_loop: Callable[[], object], tasks: Tasks) -> None:
     """Say how to find out which task of asyncio's runs; see `asyncio_state`. Called once."""
-    _Asyncio.task_of = staticmethod(tasks.get if isinstance(tasks, dict) else tasks)
-    _Asyncio.running_loop = staticmethod(running_loop)
+    global _current_task
+    task_of = tasks.get if isinstance(tasks, dict) else tasks
+
+    def current_task() -> float:
+        loop = running_loop()
+        return 0.0 if loop is None else float(id(task_of(loop)))
+
+    _current_task = current_task
 
 
 def forget_keys() -> None:
     """Make every thread ask again at its next blocks."""
-    for thread in _alive(_threads):
-        thread.forget_keys(for_good=True)
+    for keys in _alive(_all_keys):
+        keys.forget()
 
 
 def forks() -> int:
@@ -641,11 +564,13 @@ def end() -> None:
     It is about to stop those threads where they are, and to take away what ours needs.
     """
     global _ended
+    if not _token[0]:
+        forget_parent()
     _ended = True
-    own = threading.get_ident()
-    for thread in _alive(_threads):
-        for slot in () if thread.ident == own else list(thread.open):
-            if slot.is_armed():
+    for slots in _alive(_pages):
+        slots.closed = True
+        for slot in list(slots._given):
+            if slot.open is not _thread.open:
                 slot.words[slot.at] = 0.0
 
 
@@ -666,18 +591,21 @@ def forget_parent() -> None:
     forget_keys()
 
 
+def _current_task() -> float:
+    """Return the identity of the task of asyncio's that runs in this thread; 0.0: no loop runs."""
+    return 0.0
+
+
 _ended: bool | None = False
 """True once the interpreter ends; None once it has taken our names away, too."""
-_NONE: Any = object()
-"""In the place of the slot of a block that was entered, and has none, or none any more."""
 _hooks: Hooks
 _forks = 0
 _pages: WeakValueDictionary[int, Slots] = WeakValueDictionary()
-_threads: WeakValueDictionary[int, _Thread] = WeakValueDictionary()
+_all_keys: WeakValueDictionary[int, _Keys] = WeakValueDictionary()
 _memory = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 with suppress(OSError):  # before Linux 4.14: forks that Python does not see go unnoticed
     _memory.madvise(_WIPE_ON_FORK)
 _token = memoryview(_memory)[:1]
 """A byte that is 1; the kernel makes it 0 in every forked child."""
 _token[0] = 1
-_local = _PerThread()
+_thread = _Thread()

@@ -44,7 +44,7 @@ class OwnPage:
         self.words: memoryview[float] = self.memory.cast("d")
         self.view = View(self.memory)
         self.ring = ring
-        self.slots = core.Slots(mapped, ring, layout.HEADER_BYTES, layout.CAPACITY)
+        self.slots = core.Slots(mapped, ring, layout.CAPACITY)
         self.pauses = Pauses(self.view, self.words, ring)
         _pages[id(mapped)] = self
 
