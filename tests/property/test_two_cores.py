@@ -166,8 +166,8 @@ class Core:
         if block.place is None:
             raise RuntimeError("the block is not open")
 
-    def entered(self) -> Exception:
-        return RuntimeError("entered already")
+    def refuse_again(self) -> None:
+        raise RuntimeError("entered already")
 
     # -- what is done with it
 
@@ -386,7 +386,8 @@ class TwoCores(RuleBasedStateMachine):
             new, self.made = self.made, self.made + 1
 
             def again(core: Core) -> None:
-                core.blocks[new] = core.blocks[number].again()
+                old = core.blocks[number]
+                core.blocks[new] = core.module.block(old.after, old.scope, old.lasti, old.asked)
 
             self.both("main", again)
 

@@ -78,10 +78,11 @@ struct Slots {
     Py_buffer memory;
     Word *words;
     PyObject *ring;
-    Slot *rows, *free;
-    Py_ssize_t capacity, given_out;
     int closed;
     Slots *next;
+    Slot *free;
+    Py_ssize_t capacity, given_out;
+    Slot rows[];
 };
 
 /* core.Expiration. */
@@ -378,14 +379,6 @@ static int arm(Block *block, Slot *slot, Thread *thread, double task) {
 
 /* ---- blocks */
 
-/* Raise the error that Python has for it. */
-static PyObject *refuse(State *state, const char *name) {
-    PyObject *error = PyObject_CallMethod(state->hooks, name, NULL);
-    if (error) PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-    Py_XDECREF(error);
-    return NULL;
-}
-
 static PyObject *new_block(State *state, double after, PyObject *scope, int lasti,
                            PyObject *asked) {
     Block *block = PyObject_New(Block, state->block_type);
@@ -455,9 +448,8 @@ static PyObject *expires(PyObject *module, PyObject *const *args, Py_ssize_t n, 
     return block;
 }
 
-static void block_dealloc(PyObject *self) {
-    Block *block = (Block *)self;
-    PyTypeObject *type = Py_TYPE(self);
+static void block_dealloc(Block *block) {
+    PyTypeObject *type = Py_TYPE((PyObject *)block);
     Py_CLEAR(block->other); /* first: what ends with it may move deadlines */
     disarm(block, 0);
     Py_DECREF(block->what.scope);
@@ -466,21 +458,20 @@ static void block_dealloc(PyObject *self) {
     Py_DECREF((PyObject *)type);
 }
 
-static PyObject *block_enter(PyObject *self, PyObject *Py_UNUSED(none)) {
-    Block *block = (Block *)self;
+static PyObject *block_enter(Block *block, PyObject *Py_UNUSED(none)) {
     State *state = block->state;
-    if (block->entered) return refuse(state, "entered");
-    if (state->ended) return Py_NewRef(self);
+    if (block->entered) return PyObject_CallMethod(state->hooks, "refuse_again", NULL);
+    if (state->ended) return Py_NewRef((PyObject *)block);
     check_fork(state);
     Thread *thread = thread_of(state);
     if (!thread) return NULL;
     double task = current_task(state, thread);
     Key *key = find_key(thread, &block->what);
     Slot *slot = key && key->quiet ? take(&key->free) : NULL;
-    if (slot) return arm(block, slot, thread, task) < 0 ? NULL : Py_NewRef(self);
+    if (slot) return arm(block, slot, thread, task) < 0 ? NULL : Py_NewRef((PyObject *)block);
 
     block->entered = 1;
-    PyObject *other = PyObject_CallMethod(state->hooks, "enter", "O", self);
+    PyObject *other = PyObject_CallMethod(state->hooks, "enter", "O", block);
     if (!other) {
         disarm(block, 0);
         block->entered = 0;
@@ -488,11 +479,10 @@ static PyObject *block_enter(PyObject *self, PyObject *Py_UNUSED(none)) {
     }
     if (other == Py_None) Py_DECREF(other);
     else block->other = other;
-    return Py_NewRef(self);
+    return Py_NewRef((PyObject *)block);
 }
 
-static PyObject *block_exit(PyObject *self, PyObject *const *args, Py_ssize_t n) {
-    Block *block = (Block *)self;
+static PyObject *block_exit(Block *block, PyObject *const *args, Py_ssize_t n) {
     PyObject *other = block->other, *result = Py_NewRef(Py_None);
     if (other) {
         block->other = NULL;
@@ -505,42 +495,40 @@ static PyObject *block_exit(PyObject *self, PyObject *const *args, Py_ssize_t n)
     return result;
 }
 
-static PyObject *block_aenter(PyObject *self, PyObject *none) {
-    PyObject *entered = block_enter(self, none);
-    if (entered) ((Block *)self)->awaited = 1;
+static PyObject *block_aenter(Block *block, PyObject *none) {
+    PyObject *entered = block_enter(block, none);
+    if (entered) block->awaited = 1;
     return entered;
 }
 
-static PyObject *block_aexit(PyObject *self, PyObject *const *args, Py_ssize_t n) {
-    PyObject *result = block_exit(self, args, n);
+static PyObject *block_aexit(Block *block, PyObject *const *args, Py_ssize_t n) {
+    PyObject *result = block_exit(block, args, n);
     Py_XDECREF(result);
-    ((Block *)self)->awaited = 2;
-    return result ? Py_NewRef(self) : NULL;
+    block->awaited = 2;
+    return result ? Py_NewRef((PyObject *)block) : NULL;
 }
 
 /* `async with` awaits what these return: the block itself, which is ready at once. */
-static PyObject *block_await(PyObject *self) {
-    if (((Block *)self)->awaited) return Py_NewRef(self);
+static PyObject *block_await(Block *block) {
+    if (block->awaited) return Py_NewRef((PyObject *)block);
     PyErr_SetString(PyExc_TypeError, "a block can't be awaited: use 'async with'");
     return NULL;
 }
 
-static PyObject *block_next(PyObject *self) {
-    Block *block = (Block *)self;
-    if (block->awaited == 1) PyErr_SetObject(PyExc_StopIteration, self);
+static PyObject *block_next(Block *block) {
+    if (block->awaited == 1) PyErr_SetObject(PyExc_StopIteration, (PyObject *)block);
     block->awaited = 0;
     return NULL; /* without an error: what was awaited gives None */
 }
 
-static PyObject *block_renew(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *names) {
-    Block *block = (Block *)self;
+static PyObject *block_renew(Block *block, PyObject *const *args, Py_ssize_t n, PyObject *names) {
     check_fork(block->state);
     Slot *slot = block->slot;
     if (n || names || !slot || block->other) {
         Py_ssize_t named = names ? PyTuple_Size(names) : 0;
         if (n + named > 1 || (named && PyTuple_GetItem(names, 0) != block->state->after_name))
             return PyErr_Format(PyExc_TypeError, "renew takes one argument at most: after");
-        return PyObject_CallMethod(block->state->hooks, "renew", "OO", self,
+        return PyObject_CallMethod(block->state->hooks, "renew", "OO", block,
                                    n + named ? args[0] : Py_None);
     }
     Word *words = slot->words;
@@ -554,14 +542,7 @@ static PyObject *block_renew(PyObject *self, PyObject *const *args, Py_ssize_t n
     return set_deadline(block) < 0 ? NULL : Py_NewRef(Py_None);
 }
 
-static PyObject *block_again(PyObject *self, PyObject *Py_UNUSED(none)) {
-    Block *block = (Block *)self;
-    What *what = &block->what;
-    return new_block(block->state, what->after, what->scope, what->lasti, what->asked);
-}
-
-static PyObject *get_place(PyObject *self, void *Py_UNUSED(closure)) {
-    Block *block = (Block *)self;
+static PyObject *get_place(Block *block, void *Py_UNUSED(closure)) {
     check_fork(block->state);
     Slot *slot = block->slot;
     if (!slot) Py_RETURN_NONE;
@@ -576,15 +557,13 @@ static PyObject *new_slots(PyObject *module, PyObject *args) {
     PyObject *mapped, *ring;
     Py_ssize_t capacity;
     if (!PyArg_ParseTuple(args, "OOn:Slots", &mapped, &ring, &capacity)) return NULL;
-    Slots *slots = PyObject_Calloc(1, sizeof *slots);
+    Slots *slots = PyObject_Calloc(1, sizeof *slots + (size_t)capacity * sizeof *slots->rows);
     if (!slots) return PyErr_NoMemory();
     PyObject_Init((PyObject *)slots, state->slots_type);
     slots->state = state;
     slots->ring = Py_NewRef(ring);
     slots->capacity = capacity;
-    slots->rows = calloc((size_t)capacity, sizeof *slots->rows);
-    if (!slots->rows || PyObject_GetBuffer(mapped, &slots->memory, PyBUF_WRITABLE) < 0) {
-        if (!slots->rows) PyErr_NoMemory();
+    if (PyObject_GetBuffer(mapped, &slots->memory, PyBUF_WRITABLE) < 0) {
         Py_DECREF((PyObject *)slots);
         return NULL;
     }
@@ -594,16 +573,14 @@ static PyObject *new_slots(PyObject *module, PyObject *args) {
     return (PyObject *)slots;
 }
 
-static void slots_dealloc(PyObject *self) {
-    Slots *slots = (Slots *)self;
-    PyTypeObject *type = Py_TYPE(self);
+static void slots_dealloc(Slots *slots) {
+    PyTypeObject *type = Py_TYPE((PyObject *)slots);
     Slots **at = &slots->state->pages;
     while (*at && *at != slots) at = &(*at)->next;
     if (*at) *at = slots->next;
     Py_XDECREF(slots->ring);
     if (slots->memory.obj) PyBuffer_Release(&slots->memory);
-    free(slots->rows);
-    PyObject_Free(self);
+    PyObject_Free(slots);
     Py_DECREF((PyObject *)type);
 }
 
@@ -637,8 +614,7 @@ static Slot *give(Key *key, PyObject *details) {
     return slot;
 }
 
-static PyObject *slots_arm(PyObject *self, PyObject *args) {
-    Slots *slots = (Slots *)self;
+static PyObject *slots_arm(Slots *slots, PyObject *args) {
     State *state = slots->state;
     Block *block;
     PyObject *details;
@@ -646,7 +622,7 @@ static PyObject *slots_arm(PyObject *self, PyObject *args) {
     int quiet;
     if (!PyArg_ParseTuple(args, "O!Odp:arm", state->block_type, &block, &details, &task, &quiet))
         return NULL;
-    if (block->slot) return refuse(state, "entered");
+    if (block->slot) return PyObject_CallMethod(state->hooks, "refuse_again", NULL);
     check_fork(state);
     if (slots->closed) Py_RETURN_FALSE;
     Thread *thread = thread_of(state);
@@ -715,9 +691,9 @@ static PyObject *end(PyObject *module, PyObject *Py_UNUSED(none)) {
 
 #define CALL(function) (PyCFunction)(void (*)(void))(function)
 static PyMethodDef block_methods[] = {
-    {"__enter__", block_enter, METH_NOARGS, NULL},
+    {"__enter__", CALL(block_enter), METH_NOARGS, NULL},
     {"__exit__", CALL(block_exit), METH_FASTCALL, NULL},
-    {"__aenter__", block_aenter, METH_NOARGS, NULL},
+    {"__aenter__", CALL(block_aenter), METH_NOARGS, NULL},
     {"__aexit__", CALL(block_aexit), METH_FASTCALL, NULL},
     {"renew", CALL(block_renew), METH_FASTCALL | METH_KEYWORDS,
      "renew($self, /, after=None)\n--\n\n"
@@ -728,9 +704,8 @@ static PyMethodDef block_methods[] = {
      "    HangwatchError: the block is not open.\n"
      "    UnsupportedError: the block's client can't do that.\n"
      "    ValueError, TypeError: `after` is not a positive number."},
-    {"again", block_again, METH_NOARGS, NULL},
     {0}};
-static PyGetSetDef block_fields[] = {{"place", get_place, NULL, NULL, NULL}, {0}};
+static PyGetSetDef block_fields[] = {{"place", (getter)get_place, NULL, NULL, NULL}, {0}};
 #define MEMBER(name, type, field) {name, type, offsetof(Block, field), READONLY, NULL}
 static PyMemberDef block_members[] = {
     MEMBER("after", T_DOUBLE, what.after), MEMBER("scope", T_OBJECT, what.scope),
@@ -743,7 +718,7 @@ static PyType_Slot block_slots[] = {
 static PyType_Spec block_spec = {"hangwatch.Expiration", sizeof(Block), 0,
     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, block_slots};
 
-static PyMethodDef slots_methods[] = {{"arm", slots_arm, METH_VARARGS, NULL}, {0}};
+static PyMethodDef slots_methods[] = {{"arm", CALL(slots_arm), METH_VARARGS, NULL}, {0}};
 static PyMemberDef slots_members[] = {{"closed", T_INT, offsetof(Slots, closed), 0, NULL}, {0}};
 static PyType_Slot slots_slots[] = {
     {Py_tp_dealloc, slots_dealloc}, {Py_tp_methods, slots_methods},

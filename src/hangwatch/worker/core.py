@@ -44,7 +44,7 @@ except ImportError:  # a Python that was built without ctypes
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
     from types import CodeType, FrameType
-    from typing import Any, Protocol, TypeVar
+    from typing import Any, NoReturn, Protocol, TypeVar
 
     from hangwatch.worker.tasks import Tasks
 
@@ -65,8 +65,8 @@ if TYPE_CHECKING:
         def renew(self, block: Expiration, after: float | None) -> None:
             """Renew a block's timer, where that is more than to move a deadline."""
 
-        def entered(self) -> Exception:
-            """Return the error of who enters a block again."""
+        def refuse_again(self) -> NoReturn:
+            """Raise the error of who enters a block again."""
 
 
 LAYOUT = layout.VERSION
@@ -105,12 +105,6 @@ class _Key:
             return self.free.pop()
         except IndexError:
             return None
-
-    def put(self, slot: Slot) -> None:
-        """Take a slot back that no block has any more."""
-        self.free.append(slot)
-        if not self.known:
-            self.give_back()
 
     def give_back(self) -> None:
         """Let other keys have its free slots."""
@@ -178,14 +172,10 @@ class Slot:
         self.entry = layout.next_generation(self.words[at + layout.ENTRY])
         self.task = 0.0
 
-    def is_armed(self) -> bool:
-        """Tell whether its block is open."""
-        return self.words[self.at] != 0.0
-
     def is_lost(self) -> bool:
         """Tell whether its block ended by its object's end, so that nobody took the slot back."""
         end = self.end
-        return end is not None and end() is None and not self.is_armed()
+        return end is not None and end() is None and self.words[self.at] == 0.0
 
 
 class Slots:
@@ -212,9 +202,9 @@ class Slots:
         self.words = self.memory.cast("d")
         self.ring = ring
         self.closed = False
-        self._address = linux.address_of(self.memory)
+        self.address = linux.address_of(self.memory)
         self._free = list(reversed(range(capacity)))
-        self._given: set[Slot] = set()
+        self.given: set[Slot] = set()
         if not _HAS_GIL:
             # Counting them takes two steps, between which another thread could count, too.
             self.words[layout.SLOTS_IN_USE] = capacity
@@ -253,44 +243,33 @@ class Slots:
 
     def _give(self, key: _Key, details: bytes) -> Slot | None:
         """Give a key a slot, its details written; None: none is left."""
-        if len(self._given) % _LOOK_EVERY == 0:
-            self._give_back_lost()
-        try:
-            index = self._free.pop()
-        except IndexError:
+        if not self._free:
             forget_keys()
-            self._give_back_lost()
-            if not self._free:
-                return None
-            index = self._free.pop()
-        slot = Slot(index, key)
+        if not self._free or len(self.given) % _LOOK_EVERY == 0:
+            for slot in list(self.given):
+                if slot.is_lost():
+                    self.give_back(slot)
+        try:
+            slot = Slot(self._free.pop(), key)
+        except IndexError:
+            return None
         # The new generation goes first: who reads the rest in between sees it change.
         self.words[slot.at + layout.ENTRY] = slot.entry
         begin = (slot.at + layout.LIMIT) * 8
         self.memory[begin : begin + len(details)] = details
-        self._given.add(slot)
+        self.given.add(slot)
         # No calls: two threads may come here with neighbouring indices.
-        if self.words[layout.SLOTS_IN_USE] <= index:
-            self.words[layout.SLOTS_IN_USE] = index + 1.0
+        if self.words[layout.SLOTS_IN_USE] <= slot.index:
+            self.words[layout.SLOTS_IN_USE] = slot.index + 1.0
         return slot
 
     def give_back(self, slot: Slot) -> None:
         """Let another key have a slot that is not armed."""
         with suppress(KeyError):  # another thread has given it back
-            self._given.remove(slot)
+            self.given.remove(slot)
             slot.open.pop(slot, None)
             slot.words[slot.at + layout.IDENT] = 0.0  # the thread's name is nobody's from here on
             self._free.append(slot.index)
-
-    def _give_back_lost(self) -> None:
-        for slot in list(self._given):
-            if slot.is_lost():
-                self.give_back(slot)
-
-    def forget_parent(self) -> None:
-        """In a forked child: put private memory under every handle to the parent's page."""
-        self.closed = True
-        linux.make_private(self._address, len(self.memory))
 
 
 class Expiration:
@@ -334,12 +313,13 @@ class Expiration:
 
     def __enter__(self) -> Expiration:
         if self._entered:
-            raise _hooks.entered()
+            _hooks.refuse_again()
         if _ended is not False:
             return self
         if not _token[0]:
             forget_parent()
-        task = _current_task()
+        loop = _running_loop()
+        task = 0.0 if loop is None else float(id(_task_of(loop)))
         key = _thread.keys.get(self._key)
         # `take` has the except clause: CPython 3.11 keeps an exception, and with it the frame, if
         # a trace function raises where its handling ends (tests/property/test_storm.py).
@@ -410,10 +390,6 @@ class Expiration:
 
         def __call__(self, function: Function) -> Function: ...  # noqa: D102
 
-    def again(self) -> Expiration:
-        """Return another object for the same block, which nobody has entered yet."""
-        return type(self)(self.after, self.scope, self.lasti, self.asked)
-
     @property
     def place(self) -> tuple[object, int, float] | None:
         """The page's memory, the slot's index and entry; None: none is armed."""
@@ -474,7 +450,9 @@ class Expiration:
             _note_skipped(slot)
         slot.open.pop(slot, None)
         slot.end = None
-        slot.key.put(slot)
+        slot.key.free.append(slot)
+        if not slot.key.known:
+            slot.key.give_back()
 
 
 def _note_skipped(slot: Slot) -> None:
@@ -483,7 +461,7 @@ def _note_skipped(slot: Slot) -> None:
     newer = [
         (other, other.entry)
         for other in in_order[in_order.index(slot) + 1 :]
-        if other.task == 0.0 and other.is_armed()
+        if other.task == 0.0 and other.words[other.at] != 0.0
     ]
     if newer and slot.open is _thread.open and not _hooks.switches_within_a_thread():
         for other, entry in newer:
@@ -530,14 +508,9 @@ def use(hooks: Hooks, description: str | None) -> None:
 
 def ask_asyncio(running_loop: Callable[[], object], tasks: Tasks) -> None:
     """Say how to find out which task of asyncio's runs; see `asyncio_state`. Called once."""
-    global _current_task
-    task_of = tasks.get if isinstance(tasks, dict) else tasks
-
-    def current_task() -> float:
-        loop = running_loop()
-        return 0.0 if loop is None else float(id(task_of(loop)))
-
-    _current_task = current_task
+    global _running_loop, _task_of
+    _task_of = tasks.get if isinstance(tasks, dict) else tasks
+    _running_loop = running_loop
 
 
 def forget_keys() -> None:
@@ -569,33 +542,32 @@ def end() -> None:
     _ended = True
     for slots in _alive(_pages):
         slots.closed = True
-        for slot in list(slots._given):
+        for slot in list(slots.given):
             if slot.open is not _thread.open:
                 slot.words[slot.at] = 0.0
 
 
 def _alive(all_of_them: WeakValueDictionary[int, Any]) -> list[Any]:
     """Return what is there; in one call of C code, for other threads add to it meanwhile."""
-    return [
-        one for one in (reference() for reference in all_of_them.valuerefs()) if one is not None
-    ]
+    return [one for alive in all_of_them.valuerefs() if (one := alive()) is not None]
 
 
 def forget_parent() -> None:
     """In a forked child, whoever forked it: the pages are its own from here on."""
     global _forks
     for slots in _alive(_pages):
-        slots.forget_parent()
+        slots.closed = True
+        linux.make_private(slots.address, len(slots.memory))  # under every handle to it
     _token[0] = 1
     _forks += 1
     forget_keys()
 
 
-def _current_task() -> float:
-    """Return the identity of the task of asyncio's that runs in this thread; 0.0: no loop runs."""
-    return 0.0
+def _running_loop() -> object:
+    """Return asyncio's loop that runs in this thread; nobody has said yet how to find it."""
 
 
+_task_of: Callable[[object], object]
 _ended: bool | None = False
 """True once the interpreter ends; None once it has taken our names away, too."""
 _hooks: Hooks

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from functools import partial
 
 from hangwatch.errors import HangwatchError
 from hangwatch.worker import arguments, client, decorated, handle, tasks
@@ -22,7 +23,7 @@ from hangwatch.worker.warnings import warn
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Iterable
-    from typing import Any, TypeVar
+    from typing import Any, NoReturn, TypeVar
 
     from hangwatch.worker.blocks import ContractClient, Other
     from hangwatch.worker.core import Expiration as Expiration
@@ -111,8 +112,8 @@ class _Hooks:
     renew = staticmethod(handle.renew)
 
     @staticmethod
-    def entered() -> HangwatchError:
-        return HangwatchError(
+    def refuse_again() -> NoReturn:
+        raise HangwatchError(
             "this block was entered already, and one object is one block: call expires() again, "
             "or decorate a function with it"
         )
@@ -215,7 +216,7 @@ def watch(
     """
     limit = arguments.checked_limit(after)
     asked = arguments.checked_asked(client, on_expiry, grace, signal, raises)
-    return Watched(iterable, _block(limit, scope, asked).again)
+    return Watched(iterable, _again(_block(limit, scope, asked)))
 
 
 def _decorate(block: Expiration, function: Function) -> Function:
@@ -229,7 +230,12 @@ def _decorate(block: Expiration, function: Function) -> Function:
     Raises:
         TypeError: it is none of these: the caller's fault.
     """
-    return decorated.decorate(function, block.again)
+    return decorated.decorate(function, _again(block))
+
+
+def _again(block: Expiration) -> Callable[[], Expiration]:
+    """Return what makes another object for the same block, which nobody has entered yet."""
+    return partial(core.block, block.after, block.scope, block.lasti, block.asked)
 
 
 def _after_fork() -> None:
