@@ -437,9 +437,7 @@ class TwoCores(RuleBasedStateMachine):
 
     @rule(who=WHO)
     def pass_through_many_scopes(self, who: str) -> None:
-        # Of a thread's keys, C keeps those of open blocks.
         self.differ()
-        self.same_keys = False
 
         def run(core: Core) -> None:
             for number in range(70):

@@ -160,7 +160,8 @@ static void release(Key *key) {
 static void forget_keys(State *state, Thread *only) {
     Key *gone = NULL, *key;
     for (Thread *thread = state->threads; thread; thread = thread->next) {
-        for (int i = 0; i < BUCKETS && (!only || only == thread); i++) {
+        if (only && only != thread) continue;
+        for (int i = 0; i < BUCKETS; i++) {
             while ((key = thread->table[i])) {
                 thread->table[i] = key->next;
                 thread->keys--;
@@ -271,6 +272,7 @@ static Thread *thread_of(State *state) {
 /* Borrowed. To ask asyncio for the loop is a system call in CPython 3.11, so up to 3.12 a
  * thread asks once for what asyncio keeps in its dict, which holds the loop. */
 static PyObject *running_loop(State *state, Thread *thread) {
+    if (!state->running_loop) return Py_None;
     PyObject *holder = NULL;
     if (Py_Version < 0x030D0000) {
         PyObject *dict = PyThreadState_GetDict();
@@ -280,23 +282,25 @@ static PyObject *running_loop(State *state, Thread *thread) {
         if (holder == thread->loop_holder) return thread->loop;
     }
     PyObject *loop = PyObject_CallNoArgs(state->running_loop);
-    if (!loop) return NULL;
-    Py_XDECREF(thread->loop_holder);
+    if (!loop) {
+        PyErr_Clear();
+        return Py_None;
+    }
+    PyObject *before = thread->loop_holder;
     thread->loop_holder = Py_XNewRef(holder);
+    thread->loop = loop;
     Py_DECREF(loop); /* it runs */
-    return thread->loop = loop;
+    Py_XDECREF(before); /* last: it may run code of others */
+    return loop;
 }
 
 /* Which task of asyncio's runs, as core.py has it. */
 static double current_task(State *state, Thread *thread) {
-    PyObject *loop = state->running_loop ? running_loop(state, thread) : Py_None, *task = NULL;
+    PyObject *loop = running_loop(state, thread), *task;
     if (loop == Py_None) return 0.0;
-    if (loop && PyDict_CheckExact(state->tasks))
-        task = PyDict_GetItemWithError(state->tasks, loop);
-    else if (loop)
-        Py_XDECREF(task = PyObject_CallFunctionObjArgs(state->tasks, loop, NULL)); /* it runs */
+    if (PyDict_CheckExact(state->tasks)) task = PyDict_GetItemWithError(state->tasks, loop);
+    else Py_XDECREF(task = PyObject_CallFunctionObjArgs(state->tasks, loop, NULL)); /* it runs */
     PyErr_Clear();
-    if (!loop) return 0.0;
     return (double)(uintptr_t)(task ? task : Py_None); /* in a loop, but in no task */
 }
 
@@ -325,7 +329,9 @@ static int set_deadline(Block *block) {
     }
     Py_DECREF(ring);
     Py_XDECREF(connected);
-    return connected ? 0 : -1;
+    if (connected || !block->state->ended) return connected ? 0 : -1;
+    PyErr_Clear(); /* what rings may be gone */
+    return 0;
 }
 
 /* What was entered later and is open still was skipped, if nothing switches within a thread. */
@@ -680,12 +686,10 @@ static PyObject *end(PyObject *module, PyObject *Py_UNUSED(none)) {
     State *state = state_of(module);
     check_fork(state);
     state->ended = 1;
-    for (Slots *slots = state->pages; slots; slots = slots->next) {
-        slots->closed = 1;
+    for (Slots *slots = state->pages; slots; slots = slots->next)
         for (Py_ssize_t i = 0; i < slots->given_out; i++)
             if (!slots->rows[i].thread || slots->rows[i].thread != this_thread)
                 store(slots->rows[i].words + DEADLINE, 0.0);
-    }
     Py_RETURN_NONE;
 }
 

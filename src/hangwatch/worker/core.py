@@ -541,7 +541,6 @@ def end() -> None:
         forget_parent()
     _ended = True
     for slots in _alive(_pages):
-        slots.closed = True
         for slot in list(slots.given):
             if slot.open is not _thread.open:
                 slot.words[slot.at] = 0.0
