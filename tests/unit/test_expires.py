@@ -192,6 +192,30 @@ def test_it_has_a_signature_and_a_description() -> None:
     assert hangwatch.expires.__doc__ == expiration._Hooks.declare.__doc__, "all of it"
 
 
+@pytest.mark.parametrize("name", ["_new", "_frame", "_largest", "new", "frame_of", "largest"])
+def test_it_takes_no_argument_that_its_signature_does_not_have(name: str) -> None:
+    named: dict[str, Any] = {name: object}
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        hangwatch.expires(5, "x", **named)
+
+
+def test_renew_has_a_signature_and_a_description() -> None:
+    renew = hangwatch.Expiration.renew
+    assert inspect.signature(renew).parameters["after"].default is None
+    shown = pydoc.plain(pydoc.render_doc(renew))
+    for part in ("a heartbeat", "seconds of this interval", "Raises:", "HangwatchError"):
+        assert part in shown
+
+
+def test_renew_refuses_what_it_does_not_take() -> None:
+    with quiet_page(), hangwatch.expires(5, "x") as block:
+        for arguments, named in (((1, 2), {}), ((), {"limit": 1}), ((1,), {"after": 1})):
+            with pytest.raises(TypeError):
+                block.renew(*arguments, **named)
+        block.renew(**{"".join(("af", "ter")): 50})
+        assert block.remaining() > 40
+
+
 # -- blocks
 
 

@@ -527,16 +527,16 @@ static PyObject *block_next(Block *block) {
     return NULL; /* without an error: what was awaited gives None */
 }
 
-static PyObject *block_renew(Block *block, PyObject *const *args, Py_ssize_t n, PyObject *names) {
+static PyObject *block_renew(Block *block, PyObject *args, PyObject *named) {
+    static char *names[] = {"after", NULL};
+    PyObject *after = Py_None;
+    if ((named || PyTuple_Size(args)) &&
+        !PyArg_ParseTupleAndKeywords(args, named, "|O:renew", names, &after))
+        return NULL;
     check_fork(block->state);
     Slot *slot = block->slot;
-    if (n || names || !slot || block->other) {
-        Py_ssize_t named = names ? PyTuple_Size(names) : 0;
-        if (n + named > 1 || (named && PyTuple_GetItem(names, 0) != block->state->after_name))
-            return PyErr_Format(PyExc_TypeError, "renew takes one argument at most: after");
-        return PyObject_CallMethod(block->state->hooks, "renew", "OO", block,
-                                   n + named ? args[0] : Py_None);
-    }
+    if (after != Py_None || !slot || block->other)
+        return PyObject_CallMethod(block->state->hooks, "renew", "OO", block, after);
     Word *words = slot->words;
     if (load(words + RENEWED_ENTRY) != slot->entry) {
         store(words + ENTERED, load(words + DEADLINE) - block->what.after);
@@ -699,7 +699,7 @@ static PyMethodDef block_methods[] = {
     {"__exit__", CALL(block_exit), METH_FASTCALL, NULL},
     {"__aenter__", CALL(block_aenter), METH_NOARGS, NULL},
     {"__aexit__", CALL(block_aexit), METH_FASTCALL, NULL},
-    {"renew", CALL(block_renew), METH_FASTCALL | METH_KEYWORDS,
+    {"renew", CALL(block_renew), METH_VARARGS | METH_KEYWORDS,
      "renew($self, /, after=None)\n--\n\n"
      "Give the open block another interval from now on: a heartbeat.\n\n"
      "Args:\n"

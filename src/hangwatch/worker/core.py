@@ -421,12 +421,15 @@ class Expiration:
         """Have the block's time begin now, and the watcher know of it."""
         words, at, slots = slot.words, slot.at, slot.key.slots
         now = monotonic()
-        words[at] = deadline = now + self.after
+        deadline = now + self.after
+        # No calls: another thread may leave the block meanwhile.
+        if self._slot is not slot:
+            return
+        words[at] = deadline
         if now < words[layout.WATCH_UNTIL] <= deadline or slots.closed or not slots.ring():
             return
         # It connected first, which is not the block's time.
         later = monotonic() + self.after
-        # No calls: another thread may end the block meanwhile.
         deadline = words[at]
         if deadline == 0.0 or self._slot is not slot:
             return
