@@ -146,6 +146,32 @@ def test_a_block_may_be_left_in_another_thread(client: QuietClient) -> None:
     assert client.page.words[layout.SLOTS_IN_USE] <= 2
 
 
+def test_a_block_that_two_threads_leave_at_once_gives_its_slot_back_once(
+    client: QuietClient,
+) -> None:
+    block = hangwatch.expires(60, "x")
+    turn, turns = threading.Barrier(2), 300
+
+    def leave() -> None:
+        for _ in range(turns):
+            turn.wait()
+            block.__exit__(None, None, None)
+            turn.wait()
+
+    other = threading.Thread(target=leave)
+    with threads_switch_often():
+        other.start()
+        for _ in range(turns):
+            block = hangwatch.expires(60, "x").__enter__()
+            turn.wait()
+            block.__exit__(None, None, None)
+            turn.wait()
+            with hangwatch.expires(60, "x") as one, hangwatch.expires(60, "x") as two:
+                assert one.place != two.place
+                assert client.armed() == {"x": 2}
+        other.join()
+
+
 def test_a_block_may_be_left_in_another_task(client: QuietClient) -> None:
     stack = contextlib.AsyncExitStack()
 

@@ -189,6 +189,7 @@ class Slots:
 
     Attributes:
         closed: whether no slot is given out any more, and nobody rung for; what is armed stays so.
+        given: the slots that keys have.
 
     Raises:
         OSError: there is no way to keep a forked child from writing this memory.
@@ -444,6 +445,7 @@ class Expiration:
             return
         if _ended is False and not _token[0]:
             forget_parent()
+        # No calls: another thread may leave the block, too.
         slot.words[slot.at] = 0.0
         self._slot = None
         if _ended is not False:
