@@ -314,7 +314,8 @@ static int set_deadline(Block *block) {
     store(slot->words + DEADLINE, deadline);
     atomic_signal_fence(memory_order_seq_cst); /* the watcher's membarrier(2) is the fence */
     double until = load(slots->words + WATCH_UNTIL);
-    if (__builtin_expect((now < until && until <= deadline) || slots->closed, 1)) return 0;
+    if (__builtin_expect(now < until && until <= deadline, 1)) return 0;
+    if (slots->closed || slots->ring == Py_None) return 0;
 
     PyObject *ring = Py_NewRef(slots->ring), *connected = PyObject_CallNoArgs(ring);
     if (connected == Py_True && block->slot == slot) {
@@ -399,12 +400,13 @@ static PyObject *new_block(State *state, double after, PyObject *scope, int last
     return (PyObject *)block;
 }
 
-static PyObject *block_of(PyObject *module, PyObject *args) {
-    double after;
-    PyObject *scope, *asked;
-    int lasti;
-    if (!PyArg_ParseTuple(args, "dOiO:block", &after, &scope, &lasti, &asked)) return NULL;
-    return new_block(state_of(module), after, scope, lasti, asked == Py_None ? NULL : asked);
+static PyObject *block_of(PyObject *module, PyObject *const *args, Py_ssize_t n) {
+    if (n != 4) return PyErr_Format(PyExc_TypeError, "block takes four arguments");
+    double after = PyFloat_AsDouble(args[0]);
+    long lasti = PyLong_AsLong(args[2]);
+    if (PyErr_Occurred()) return NULL;
+    PyObject *asked = args[3] == Py_None ? NULL : args[3];
+    return new_block(state_of(module), after, args[1], (int)lasti, asked);
 }
 
 /* Have Python look at the arguments of `expires`. */
@@ -732,7 +734,7 @@ static PyType_Spec slots_spec = {"hangwatch.worker._core.Slots", sizeof(Slots), 
 
 static PyMethodDef functions[] = {
     {"expires", CALL(expires), METH_FASTCALL | METH_KEYWORDS, expires_doc},
-    {"block", block_of, METH_VARARGS, NULL},
+    {"block", CALL(block_of), METH_FASTCALL, NULL},
     {"Slots", new_slots, METH_VARARGS, NULL},
     {"use", use, METH_VARARGS, NULL},
     {"ask_asyncio", ask_asyncio, METH_VARARGS, NULL},

@@ -7,7 +7,6 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from math import inf
 from time import monotonic
 
 from hangwatch.errors import HangwatchError, NotConfiguredError, VersionError
@@ -286,7 +285,7 @@ def _weak(method: Callable[[], bool]) -> Callable[[], bool]:
 
 
 _void: Slots | None = None
-"""The slots of blocks that nobody watches: memory of our own, with a promise for ever."""
+"""The slots of blocks that nobody watches: memory of our own."""
 
 
 def _unwatched(block: Expiration, quiet: bool) -> Other | None:
@@ -295,8 +294,7 @@ def _unwatched(block: Expiration, quiet: bool) -> Other | None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         try:
             memory = mmap.mmap(-1, layout.PAGE_BYTES, flags=flags)
-            memoryview(memory).cast("d")[layout.WATCH_UNTIL] = inf
-            _void = core.Slots(memory, lambda: False, layout.CAPACITY)
+            _void = core.Slots(memory, None, layout.CAPACITY)
         except OSError:
             return UNWATCHED
     armed = _void.arm(block, layout.no_details, 0.0, quiet)

@@ -184,7 +184,7 @@ class Slots:
     Args:
         mapped: the page.
         ring: called, from any thread, when the watcher must be told of a new deadline; returns
-            whether it connected first, which is not the block's time.
+            whether it connected first, which is not the block's time. None: nobody watches.
         capacity: how many there are.
 
     Attributes:
@@ -195,7 +195,7 @@ class Slots:
         OSError: there is no way to keep a forked child from writing this memory.
     """
 
-    def __init__(self, mapped: mmap.mmap, ring: Callable[[], bool], capacity: int) -> None:
+    def __init__(self, mapped: mmap.mmap, ring: Callable[[], bool] | None, capacity: int) -> None:
         if linux is None:
             raise OSError(errno.ENOSYS, "this Python has neither ctypes nor hangwatch's core in C")
         self.mapped = mapped
@@ -427,7 +427,9 @@ class Expiration:
         if self._slot is not slot:
             return
         words[at] = deadline
-        if now < words[layout.WATCH_UNTIL] <= deadline or slots.closed or not slots.ring():
+        if now < words[layout.WATCH_UNTIL] <= deadline or slots.closed:
+            return
+        if slots.ring is None or not slots.ring():
             return
         # It connected first, which is not the block's time.
         later = monotonic() + self.after
