@@ -119,11 +119,11 @@ class Core:
         self.module.ask_asyncio(asyncio._get_running_loop, self.loop_tasks)
         self.new_page()
 
-    def new_page(self) -> None:
+    def new_page(self, watched: bool = True) -> None:
         size = layout.HEADER_BYTES + CAPACITY * layout.SLOT_BYTES
         self.page = mmap.mmap(-1, size)
         self.words = memoryview(self.page).cast("d")
-        self.slots = self.module.Slots(self.page, self.ring, CAPACITY)
+        self.slots = self.module.Slots(self.page, self.ring if watched else None, CAPACITY)
 
     def ring(self) -> bool:
         self.said.append(("ring",))
@@ -452,14 +452,14 @@ class TwoCores(RuleBasedStateMachine):
         self.differ()
         self.both("main", lambda core: core.module.forget_keys())
 
-    @rule()
-    def close_the_page(self) -> None:
+    @rule(watched=st.sampled_from((True, True, False)))
+    def close_the_page(self, watched: bool) -> None:
         self.differ()
 
         def close(core: Core) -> None:
             core.slots.closed = True
             core.module.forget_keys()
-            core.new_page()
+            core.new_page(watched)
 
         self.both("main", close)
 
