@@ -12,7 +12,7 @@ import hypothesis
 import pytest
 
 import hangwatch
-from hangwatch.worker import expiration, roads
+from hangwatch.worker import expiration, transports
 from support.sizes import Size
 from support.watchers import RunningWatcher, StartWatcher
 
@@ -115,6 +115,5 @@ def no_address(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Leave no test the address, the client or the slots of another."""
     monkeypatch.delenv("HANGWATCH_ADDRESS", raising=False)
     yield
-    roads.Configured.client = None
-    roads.Configured.by_environment = True
+    transports.Configured.client, transports.Configured.by_environment = None, True
     expiration.forget_keys()

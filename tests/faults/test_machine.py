@@ -136,7 +136,7 @@ for limit in range(used, used + 4):  # the page, the connection, the stack chann
     with hangwatch.expires(60, "x"):
         pass
     # It may try again at once, and not in a second.
-    client._try_at = client._page_again = 0.0
+    client._try_at = 0.0
 resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 while not client.is_connected:
     client._try_at = 0.0

@@ -120,6 +120,7 @@ mine = [os.memfd_create(str(n)) for n in range(20)]
 pair = __import__("socket").socketpair()
 child = os.fork()
 if child == 0:
+    with hangwatch.expires(60, "child"): gc.collect()  # the parent's page is gone
     for descriptor in mine: os.fstat(descriptor)
     os._exit(0)
 wait(child)

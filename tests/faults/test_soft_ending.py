@@ -149,16 +149,13 @@ def test_timer_expired_never_appears_outside_of_its_block(
     assert {report["outcome"] for report in watcher.reports()} <= {"raised", "recovered", "gone"}
 
 
-STEPS = """
+# Does something, and raises at one of its lines, if it may be raised there.
+AT_EACH_STEP = """
 import contextlib, os, sys, time, hangwatch
-from hangwatch.watcher.page_reader import PageReader
 from hangwatch.worker import soft_ending
-from hangwatch.worker.client import client_at
 
-reader = PageReader(client_at(os.environ["HANGWATCH_ADDRESS"]).page.descriptor.number)
-
-def reaches(step):
-    # Whether there are so many steps; at the last one, the exception is raised if it may be.
+def reaches(step, act):
+    # Whether there are so many steps; at the last one comes the signal.
     steps = 0
     def trace(frame, event, argument):
         nonlocal steps
@@ -172,79 +169,64 @@ def reaches(step):
             stack.enter_context(hangwatch.expires(1e-6, "outer", on_expiry="raise"))
             time.sleep(1e-5)
             sys.settrace(trace)
-            with hangwatch.expires(60, "inner"): pass
-            with hangwatch.expires(60, "chosen", on_expiry="report", grace=1, signal=10): pass
-            with hangwatch.paused("pause", 60): pass
-    except hangwatch.TimerExpired:
-        pass
+            act()
     finally:
         sys.settrace(None)
-    assert reader.armed() == [], (step, reader.armed())
     return steps >= step
+"""
+OTHER_BLOCKS = """
+from hangwatch.watcher.page_reader import PageReader
+from hangwatch.worker.client import client_at
 
-step = 1
-while reaches(step):
+reader = PageReader(client_at(os.environ["HANGWATCH_ADDRESS"]).page.descriptor.number)
+
+def act():
+    with hangwatch.expires(60, "inner"): pass
+    with hangwatch.expires(60, "chosen", on_expiry="report", grace=1, signal=10): pass
+    with hangwatch.paused("pause", 60): pass
+
+step, more = 1, True
+while more:
+    try:
+        more = reaches(step, act)
+    except hangwatch.TimerExpired:
+        pass
+    assert reader.armed() == [], (step, reader.armed())
     step += 1
 assert step > 100, step
 """
-
-
-@pytest.mark.parametrize("first", ["", "import asyncio\n"], ids=["without asyncio", "with asyncio"])
-def test_raised_at_each_step_it_leaves_no_slot_armed(first: str) -> None:
-    """At each line that runs while other blocks, and then its own, begin and end."""
-    worker = subprocess.run(
-        [sys.executable, "-c", first + STEPS],
-        env={**os.environ, "HANGWATCH_ADDRESS": "/nobody/listens/here"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert worker.returncode == 0, worker.stderr
-
-
-AGAIN = """
-import contextlib, sys, time, hangwatch
-from hangwatch.worker import soft_ending
-
+THE_HANDLER = """
 # Stands for a frame in which a block is being left.
 leaving = {"__name__": "hangwatch.leaving", "soft_ending": soft_ending, "sys": sys}
-exec("def leave(): soft_ending._raise(0, sys._getframe())", leaving)
-
-def reaches(step):
-    # Whether the handler has so many steps; at the last one, another signal comes.
-    steps = 0
-    def trace(frame, event, argument):
-        nonlocal steps
-        steps += 1
-        if steps == step:
-            sys.settrace(None)
-            soft_ending._raise(0, frame)
-        return trace
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(hangwatch.expires(1e-6, "outer", on_expiry="raise"))
-        time.sleep(1e-5)
-        sys.settrace(trace)
-        leaving["leave"]()
-        sys.settrace(None)
-    return steps >= step
+exec("def leave(): soft_ending._raise(0, sys._getframe()); sys.settrace(None)", leaving)
 
 step = 1
-while reaches(step):
+while reaches(step, leaving["leave"]):
     step += 1
 assert step > 10, step
 """
 
 
-def test_a_signal_at_each_step_of_the_handler_raises_nothing_either() -> None:
-    """What it interrupts is still the block's end, whatever code the handler calls."""
+def run_unwatched(script: str) -> None:
     worker = subprocess.run(
-        [sys.executable, "-c", AGAIN],
+        [sys.executable, "-c", script],
         env={**os.environ, "HANGWATCH_ADDRESS": "/nobody/listens/here"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert worker.returncode == 0, worker.stderr
+
+
+@pytest.mark.parametrize("first", ["", "import asyncio\n"], ids=["without asyncio", "with asyncio"])
+def test_raised_at_each_step_it_leaves_no_slot_armed(first: str) -> None:
+    """At each line that runs while other blocks, and then its own, begin and end."""
+    run_unwatched(first + AT_EACH_STEP + OTHER_BLOCKS)
+
+
+def test_a_signal_at_each_step_of_the_handler_raises_nothing_either() -> None:
+    """What it interrupts is still the block's end, whatever code the handler calls."""
+    run_unwatched(AT_EACH_STEP + THE_HANDLER)
 
 
 def outcome(watcher: RunningWatcher, script: str) -> tuple[int, str, dict[str, Any]]:

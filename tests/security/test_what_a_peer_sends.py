@@ -21,7 +21,7 @@ import pytest
 
 import hangwatch
 from hangwatch import failpoints
-from hangwatch.worker.labels import labels_from
+from hangwatch.worker.hello import labels_from
 from support.nursery import LIMIT, nursery
 from support.processes import open_files
 from support.raw_worker import answer, connect, hello, memfd

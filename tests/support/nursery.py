@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import io
 import json
 import os
@@ -290,6 +291,8 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> types.CodeType:
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
         os.close(descriptor)
+    if "hangwatch.worker.warnings" in sys.modules:  # as in a program that was started with these
+        importlib.reload(sys.modules["hangwatch.worker.warnings"])
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
@@ -320,8 +323,6 @@ def _excepthook(
 
 
 if __name__ == "__main__":
-    import importlib
-
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for _name in sys.argv[2:]:
         importlib.import_module(_name)

@@ -11,7 +11,7 @@ import pytest
 
 from hangwatch.page import layout
 from hangwatch.watcher.page_reader import PageReader
-from hangwatch.worker import expiration, roads
+from hangwatch.worker import expiration, transports
 from hangwatch.worker.client import ADDRESS_VARIABLE, WorkerClient
 
 
@@ -61,7 +61,7 @@ def quiet_page(page_made: bool = True, capacity: int = layout.CAPACITY) -> Itera
     before = os.environ.get(ADDRESS_VARIABLE)
     os.environ[ADDRESS_VARIABLE] = address
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(roads, "client_at", lambda wanted: client)
+    monkeypatch.setattr(transports, "client_at", lambda wanted: client)
     expiration.forget_keys()
     try:
         yield client

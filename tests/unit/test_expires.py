@@ -172,7 +172,7 @@ def test_a_bad_block_is_bad_even_after_a_good_one_of_its_scope() -> None:
 
 
 def test_it_has_a_signature_and_a_description() -> None:
-    declared = inspect.signature(expiration._Hooks.declare)
+    declared = inspect.signature(expiration.hooks.declare)
     signature = inspect.signature(hangwatch.expires)
     assert [(one.name, one.default, one.kind) for one in signature.parameters.values()] == [
         (one.name, one.default, one.kind) for one in declared.parameters.values()
@@ -189,7 +189,7 @@ def test_it_has_a_signature_and_a_description() -> None:
         "entered once",
     ):
         assert part in shown
-    assert hangwatch.expires.__doc__ == expiration._Hooks.declare.__doc__, "all of it"
+    assert hangwatch.expires.__doc__ == expiration.hooks.declare.__doc__, "all of it"
 
 
 @pytest.mark.parametrize("name", ["_new", "_frame", "_largest", "new", "frame_of", "largest"])

@@ -36,7 +36,7 @@ from hangwatch.page import layout
 from hangwatch.policy import OnExpiry, Policy
 from hangwatch.process import Identity, parse_stat, read_stat
 from hangwatch.watcher.identity import pidfd_by_number
-from hangwatch.worker.labels import labels_from
+from hangwatch.worker.hello import labels_from
 from support.nursery import nursery
 from support.pages import write_details
 

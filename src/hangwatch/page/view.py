@@ -102,11 +102,12 @@ class View:
                 found.append(Armed(index, entry, deadline))
         return found
 
-    def is_open(self, index: int, entry: float) -> bool:
-        """Tell whether the block that armed a slot as `entry` has not ended."""
+    def open_block(self, index: int, entry: float) -> Armed | None:
+        """Return the block that armed a slot as `entry`, as it is now; None: it has ended."""
         at = self._word(index)
         words = self._words
-        return words[at] > 0.0 and words[at + layout.ENTRY] == entry
+        deadline, present_entry = words[at], words[at + layout.ENTRY]
+        return Armed(index, entry, deadline) if deadline > 0.0 and present_entry == entry else None
 
     def is_unchanged(self, slot: Armed) -> bool:
         """Tell whether a block has not ended, and its deadline has not moved either."""

@@ -19,7 +19,7 @@ from hangwatch.timer._built_in_client import BuiltInClient
 from hangwatch.timer._overrides import is_overridden, remember
 from hangwatch.timer._replacing import Open, ReplacingBlock
 from hangwatch.timer._requested import Requested, RequestedBlock
-from hangwatch.worker.arguments import NOTHING_ASKED, Asked
+from hangwatch.worker.arguments import NOTHING_ASKED, Asked, name_of
 from hangwatch.worker.client import WorkerClient
 from hangwatch.worker.expiration import forget_keys, timer
 from hangwatch.worker.warnings import warn
@@ -97,9 +97,7 @@ class DropInClient(BuiltInClient):
         self._acquired.add(
             scope_id,
             block,
-            lambda: worker.begin(
-                block, scope_id, self._as_in_page(NOTHING_ASKED), quiet=False, alone=True
-            ),
+            lambda: worker.begin(block, self._as_in_page(NOTHING_ASKED), quiet=False, alone=True),
         )
         if self._requested.holds(scope_id):  # from before there was a watcher
             self._requested.drop(scope_id)
@@ -111,17 +109,17 @@ class DropInClient(BuiltInClient):
         if scope_id in self._requested or self._connected() is None:
             self._requested.drop(scope_id)
 
-    def _road(self) -> DropInClient | None:
+    def _hangwatch_transport(self) -> DropInClient | None:
         return None if is_overridden(self, "acquire", "release") else self
 
-    def begin(self, block: Expiration, name: str, asked: Asked) -> Other | None:
-        """Arm a block's timer; see `worker.blocks.Road`."""
-        worker = self._connected()
+    def begin(self, block: Expiration, asked: Asked) -> Other | None:
+        """Arm a block's timer; see `worker.blocks.Transport`."""
+        worker, name = self._connected(), name_of(block)
         # In a block that began with the queue or the FIFO, it replaces that block's timer.
         if worker is None or self._requested.holds(name):
             self._say_what_is_lost(asked)
             return RequestedBlock(self._requested, name, asked, block.after)
-        other = worker.begin(block, name, self._as_in_page(asked), quiet=False)
+        other = worker.begin(block, self._as_in_page(asked), quiet=False)
         if other is not None or block.place is None:
             return other
         return ReplacingBlock(self._open, worker.page, block, name)

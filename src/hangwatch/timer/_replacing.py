@@ -6,10 +6,9 @@ else blocks of one scope are independent of each other.
 
 from __future__ import annotations
 
-from time import monotonic
-
 from hangwatch.page import layout
 from hangwatch.timer._acquired import Holder, holder
+from hangwatch.worker.blocks import SlotTimer
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ Open = dict[tuple[Holder, str], list["ReplacingBlock"]]
 """By thread or task, and by scope: the open blocks, outermost first."""
 
 
-class ReplacingBlock:
+class ReplacingBlock(SlotTimer):
     """A block that is armed, and replaces the timer of the one around it; see `blocks.Other`.
 
     Args:
@@ -32,9 +31,7 @@ class ReplacingBlock:
 
     def __init__(self, open_blocks: Open, page: OwnPage, block: Expiration, name: str) -> None:
         assert block.place is not None
-        _, index, self._entry = block.place
-        self._page = page
-        self._at = layout.deadline_word(index)
+        super().__init__(page, *block.place[1:])
         self._interval: float | None = None
         self._open = open_blocks
         self._key = holder(), name
@@ -56,15 +53,13 @@ class ReplacingBlock:
 
     def suspend(self) -> None:
         """Let it go on without a deadline, unless it was cancelled, and stays so."""
-        page, at = self._page, self._at
-        if page.words[at] < layout.NEVER:
-            self._interval = page.interval(at, self._entry)
-            page.begin_interval(at, self._entry, layout.NEVER, self._interval)
+        armed = self.armed()
+        if armed is not None and armed.deadline < layout.NEVER:
+            self._interval = self.page.view.interval(armed)
+            self.begin_interval(layout.NEVER, self._interval)
 
     def resume(self) -> None:
         """Give it its own time anew, if it was suspended."""
         interval, self._interval = self._interval, None
-        if interval is None:
-            return
-        if self._page.begin_interval(self._at, self._entry, monotonic() + interval, interval):
-            self._page.ring()
+        if interval is not None:
+            self.renew(interval)

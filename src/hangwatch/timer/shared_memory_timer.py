@@ -70,14 +70,14 @@ class SharedMemoryTimerClient(BuiltInClient):
         self._acquired.add(
             scope_id,
             block,
-            lambda: self._worker.begin(block, scope_id, NOTHING_ASKED, quiet=False, alone=True),
+            lambda: self._worker.begin(block, NOTHING_ASKED, quiet=False, alone=True),
         )
 
     def release(self, scope_id: str) -> None:
         """Disarm the timer of that name that this thread, or task, acquired last, if any."""
         self._acquired.release(scope_id)
 
-    def _road(self) -> WorkerClient | None:
+    def _hangwatch_transport(self) -> WorkerClient | None:
         return None if is_overridden(self, "acquire", "release") else self._worker
 
 

@@ -106,7 +106,7 @@ class PageReader(View):
             if tuple(self.entries()) != found.entries or self.armed():
                 return "it has entered a block"
             return None
-        if not self.is_open(found.index, found.entry):
+        if self.open_block(found.index, found.entry) is None:
             return ENDED
         if not self.is_unchanged(found):
             return "the block has got more time"

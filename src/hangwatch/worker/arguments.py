@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from functools import lru_cache
 from types import CodeType
 
 from hangwatch import policy
@@ -10,6 +11,7 @@ from hangwatch.policy import NOTHING_CHOSEN, OnExpiry, Policy
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
+    from hangwatch.worker.blocks import ContractClient
     from hangwatch.worker.core import Expiration
 
 
@@ -28,21 +30,16 @@ class Asked(
     __slots__ = ()
 
     policy: Policy
-    client: object
+    client: ContractClient | None
     pauses: bool
     raises: type[BaseException] | None
-
-    @property
-    def is_more_than_a_client(self) -> bool:
-        """Whether anything is chosen that a client who acquires and releases can't do."""
-        return self._replace(client=None) != NOTHING_ASKED
 
 
 NOTHING_ASKED = Asked(NOTHING_CHOSEN)
 
 
 def checked_asked(
-    client: object, on_expiry: object, grace: object, signal: object, raises: object
+    client: ContractClient | None, on_expiry: object, grace: object, signal: object, raises: object
 ) -> Asked | None:
     """Return what a caller chose; None: nothing.
 
@@ -63,15 +60,10 @@ def checked_asked(
     return Asked(interned(chosen), client, False, raises)
 
 
+@lru_cache(256)
 def interned(chosen: Policy) -> Policy:
     """Return the one object of a policy: a block is looked up by the identity of what is asked."""
-    if len(_policies) >= _MOST_POLICIES:
-        _policies.clear()
-    return _policies.setdefault(chosen, chosen)
-
-
-_MOST_POLICIES = 256
-_policies: dict[Policy, Policy] = {}
+    return chosen
 
 
 def checked_limit(after: object) -> float:

@@ -1,4 +1,4 @@
-"""What begins and ends with a block besides a slot, or in its place."""
+"""What times a block: a slot of a page, and more or something else in its place."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from math import inf
 from time import monotonic
 
 from hangwatch.errors import UnsupportedError
+from hangwatch.page import layout
 from hangwatch.worker.warnings import warn
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
     from typing import Protocol
 
+    from hangwatch.page.view import Armed
     from hangwatch.worker.arguments import Asked
     from hangwatch.worker.core import Expiration
+    from hangwatch.worker.own_page import OwnPage
 
     class ContractClient(Protocol):
         """The two methods that every timer client has."""
@@ -26,21 +29,90 @@ if TYPE_CHECKING:
         def release(self, scope_id: str) -> None:
             """Release it."""
 
-    class Other(Protocol):
-        """What a block ends besides its slot, if it has one.
+    class Timer(Protocol):
+        """What is done with an open block's timer."""
 
-        It may have `renew(limit)`, `cancel()` and `remaining()`; whichever it lacks is the slot's.
+        def renew(self, limit: float | None) -> None:
+            """Give the block another interval, by default of its own limit."""
+
+        def cancel(self) -> None:
+            """Let the block go on without a deadline."""
+
+        def remaining(self) -> float:
+            """Return the seconds that are left; infinite without a deadline."""
+
+    class Other(Timer, Protocol):
+        """A timer that ends more than a slot, if it has one.
+
         It must not hold the block, which may end by being forgotten.
         """
 
         def exit(self, kind: object, error: object, traceback: object) -> None:
             """End; the slot is disarmed after that, whatever this raises."""
 
-    class Road(Protocol):
-        """Where a client's blocks are armed."""
+    class Transport(Protocol):
+        """What arms a client's blocks."""
 
-        def begin(self, block: Expiration, name: str, asked: Asked) -> Other | None:
+        def begin(self, block: Expiration, asked: Asked) -> Other | None:
             """Arm a block's timer; if that raises, it isn't armed."""
+
+
+class SlotTimer:
+    """The timer of a block that is armed in a slot of a page; see `Timer`.
+
+    Args:
+        page: where the slot is.
+        index: the slot.
+        entry: as what the block has armed it.
+    """
+
+    def __init__(self, page: OwnPage, index: int, entry: float) -> None:
+        self.page = page
+        self.index = index
+        self.entry = entry
+
+    def armed(self) -> Armed | None:
+        """Return what the page says of the block now; None: it has ended."""
+        return self.page.view.open_block(self.index, self.entry)
+
+    def renew(self, limit: float | None) -> None:
+        """Give the block another interval, by default of its own limit."""
+        limit = self.page.view.limit(self.index) if limit is None else limit
+        if self.begin_interval(monotonic() + limit, limit):
+            self.page.ring()
+
+    def cancel(self) -> None:
+        """Let the block go on without a deadline."""
+        self.begin_interval(layout.NEVER, self.page.view.limit(self.index))
+
+    def remaining(self) -> float:
+        """Return the seconds that are left."""
+        page, armed = self.page, self.armed()
+        # It was inherited by a fork, or the interpreter ends; or it was cancelled.
+        if armed is None or armed.deadline >= layout.NEVER:
+            return inf
+        now, since = monotonic(), page.pauses.since()
+        if since < now and not page.view.is_pause(self.index):
+            now = max(since, armed.deadline - page.view.interval(armed))
+        return armed.deadline - now
+
+    def begin_interval(self, deadline: float, limit: float) -> bool:
+        """Move the deadline, `limit` seconds from now, or never; False: the block has ended."""
+        armed = self.armed()
+        if armed is None:
+            return False
+        words, at, entry = self.page.words, layout.deadline_word(self.index), self.entry
+        entered = self.page.view.entered(armed)
+        # No calls: by another thread's hand, the block may end, or be renewed, meanwhile.
+        if words[at] == 0.0 or words[at + layout.ENTRY] != entry:
+            return False
+        words[at + layout.ENTERED] = entered
+        words[at + layout.RENEWED_ENTRY] = entry
+        words[at + layout.RENEWED_LIMIT] = limit
+        words[at + layout.RAISED_ENTRY] = 0.0
+        words[at + layout.SKIPPED_ENTRY] = 0.0
+        words[at] = deadline
+        return True
 
 
 class ContractBlock:

@@ -7,16 +7,18 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 
 from hangwatch.errors import HangwatchError, NotConfiguredError, VersionError
 from hangwatch.page import layout
 from hangwatch.policy import NOTHING_CHOSEN, OnExpiry, happens
 from hangwatch.worker import connection, debugger_notice, soft_ending, stack_channel
+from hangwatch.worker.arguments import name_of
 from hangwatch.worker.blocks import UNWATCHED
 from hangwatch.worker.chosen_core import core
 from hangwatch.worker.connection import WatcherSocket
-from hangwatch.worker.labels import labels_from
+from hangwatch.worker.hello import hello_of
 from hangwatch.worker.own_page import OwnPage, details_of
 from hangwatch.worker.tasks import current_task
 from hangwatch.worker.warnings import warn
@@ -49,7 +51,6 @@ class WorkerClient:
         self.address = address
         self._on_lost = on_lost
         self._page: OwnPage | None = None
-        self._page_again = 0.0
         self._making = threading.RLock()
         self._socket: WatcherSocket | None = None
         self._server = NOTHING_CHOSEN
@@ -74,51 +75,42 @@ class WorkerClient:
             # and given back in C, so no exception can leave it held.
             with self._making:
                 if self._page is None:
-                    self._page = OwnPage(_weak(self.ring))
+                    self._page = OwnPage(partial(_ring, weakref.ref(self)))
                     debugger_notice.call_when_loaded(_note_debugger)
-                    if debugger_notice.is_loaded():
-                        _note_debugger()
         return self._page
 
     def begin(
-        self,
-        block: Expiration,
-        name: str,
-        asked: Asked,
-        *,
-        quiet: bool = True,
-        alone: bool = False,
+        self, block: Expiration, asked: Asked, *, quiet: bool = True, alone: bool = False
     ) -> Other | None:
-        """Arm a block's timer, see `blocks.Road`; never fails for want of a watcher.
+        """Arm a block's timer, see `blocks.Transport`; never fails for want of a watcher.
 
         Args:
             block: the block.
-            name: its name.
-            asked: what else its caller chose.
+            asked: what its caller chose.
             quiet: whether its thread may enter such a block again without asking.
             alone: whether it has nothing to do with its thread's other blocks: a call's timer.
         """
+        if self.address == OFF:
+            return _arm_unwatched(block)
         page = self._ready()
         if page is None:
-            return _unwatched(block, quiet=self.address == OFF)
-        raises = happens(asked.policy, self._server) is OnExpiry.RAISE
+            return UNWATCHED
         task = current_task()
-        if raises and task == 0.0:
-            self._prepare_to_raise()
-        quiet = quiet and not (raises or asked.pauses)
-        task_in_page = float(id(block)) if alone else task
-
-        def details() -> bytes:
-            return details_of(block.after, name, block.lasti >= 0, asked)
+        asks_to_raise = happens(asked.policy, self._server) is OnExpiry.RAISE
+        # In a task, it would hit whichever task runs.
+        raises = asks_to_raise and task == 0.0 and soft_ending.install(page)
+        quiet = quiet and not (asks_to_raise or asked.pauses)
+        task = float(id(block)) if alone else task
 
         def arm() -> bool:
-            armed = bool(page.slots.arm(block, details, task_in_page, quiet))
-            if armed and raises and task == 0.0 and block.place is not None:
-                soft_ending.note(page, block.place, name, asked.raises)
+            details = partial(details_of, block, asked)
+            armed = bool(page.slots.arm(block, details, task, quiet))
+            if armed and raises and block.place is not None:
+                soft_ending.note(page, block.place, name_of(block), asked.raises)
             return armed
 
         if asked.pauses:
-            pause = page.pauses.begin(block, arm)
+            pause = page.pauses.begin(page, block, arm)
             if pause is not None:
                 return pause
         elif arm():
@@ -128,26 +120,18 @@ class WorkerClient:
 
     def _ready(self) -> OwnPage | None:
         """Return the page, its watcher informed if there is one; None: it can't be had."""
-        if self.address == OFF:
-            return None
         if self._page is None:
-            if monotonic() < self._page_again:
+            if monotonic() < self._try_at:
                 return None
             try:
                 _ = self.page
             except OSError as error:
-                self._page_again = monotonic() + _TRY_AGAIN_AFTER
+                self._try_at = monotonic() + _TRY_AGAIN_AFTER
                 self._warn_once("page", f"no page of timers can be made ({error})")
                 return None
         if self._socket is None:
             self.ring()  # connect before the block's time begins
         return self._page
-
-    def _prepare_to_raise(self) -> None:
-        """Let the watcher interrupt the main thread; does nothing in others."""
-        number = soft_ending.install()
-        if number is not None:
-            self.page.words[layout.RAISE_SIGNAL] = number
 
     def ring(self) -> bool:
         """Have the watcher look at this process's page, connecting first if need be.
@@ -215,16 +199,12 @@ class WorkerClient:
             HangwatchError: see `connection.connect`.
             OSError: no memory or no descriptor is left for a page.
         """
-        watcher = connection.connect(
-            self.address,
-            self.page.descriptor.number,
-            stack_channel.open_channel(),
-            core.register_fence(),
-            labels_from(os.environ),
-        )
+        page = self.page.descriptor.number
+        stacks, fenced = stack_channel.open_channel(), core.register_fence()
+        watcher = connection.connect(self.address, lambda: hello_of(page, stacks, fenced))
         self._server = watcher.policy
         if watcher.policy.on_expiry is OnExpiry.RAISE:
-            self._prepare_to_raise()
+            soft_ending.install(self.page)
             core.forget_keys()
         self._socket = watcher
         # Who armed while we were at it had nobody to ring.
@@ -243,7 +223,7 @@ class WorkerClient:
     def forget_parent(self) -> None:
         """In a forked child: touch nothing of the parent's, and start anew."""
         self._making = threading.RLock()
-        self._try_at = self._page_again = 0.0
+        self._try_at = 0.0
         self._warned = set()
         self.close()
 
@@ -273,22 +253,18 @@ def forget_parent() -> None:
     stack_channel.forget_channel()
 
 
-def _weak(method: Callable[[], bool]) -> Callable[[], bool]:
-    """Return a function that calls a method as long as its object lives."""
-    reference = weakref.WeakMethod(method)
-
-    def call() -> bool:
-        alive = reference()
-        return alive is not None and alive()
-
-    return call
+def _ring(client: weakref.ref[WorkerClient]) -> bool:
+    """Ring for a page, as long as its client lives."""
+    alive = client()
+    return alive is not None and alive.ring()
 
 
 _void: Slots | None = None
-"""The slots of blocks that nobody watches: memory of our own."""
+"""The slots of blocks that nobody is to watch: memory of our own."""
 
 
-def _unwatched(block: Expiration, quiet: bool) -> Other | None:
+def _arm_unwatched(block: Expiration) -> Other | None:
+    """Arm a block that nobody is to watch, so that its thread enters it without asking again."""
     global _void
     if _void is None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -297,7 +273,7 @@ def _unwatched(block: Expiration, quiet: bool) -> Other | None:
             _void = core.Slots(memory, None, layout.CAPACITY)
         except OSError:
             return UNWATCHED
-    armed = _void.arm(block, layout.no_details, 0.0, quiet)
+    armed = _void.arm(block, layout.no_details, 0.0, True)
     return None if armed else UNWATCHED
 
 

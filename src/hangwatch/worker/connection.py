@@ -11,18 +11,22 @@ import os
 import socket
 import stat
 import struct
-import sys
-import threading
+from collections.abc import Callable
 from time import monotonic, sleep
 
 from hangwatch import wire
-from hangwatch.errors import AddressError, ProtocolError, WatcherUnavailableError
-from hangwatch.worker.labels import error_file_from
+from hangwatch.errors import (
+    AddressError,
+    HangwatchError,
+    ProtocolError,
+    WatcherUnavailableError,
+)
+from hangwatch.policy import NOTHING_CHOSEN
 from hangwatch.worker.own_descriptor import OwnDescriptor
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
-    from hangwatch.wire import Reply, StackChannel
+    from hangwatch.wire import Hello
 
 ANSWER_WITHIN = 1.0
 RING = b"!"
@@ -31,87 +35,20 @@ _LONGEST_PATH = 107  # unix(7): sun_path is 108 bytes, the last one NUL
 _RETRY = "start one with 'hangwatch run' or 'hangwatch serve', or correct HANGWATCH_ADDRESS"
 
 
-def connect(
-    address: str,
-    page_descriptor: int,
-    stacks: StackChannel | None,
-    fenced: bool,
-    labels: dict[str, str],
-) -> WatcherSocket:
-    """Connect to the watcher at `address` and hand it this process's page.
+class WatcherSocket(socket.socket):
+    """The connection to a watcher.
 
-    Args:
-        address: path of the watcher's socket.
-        page_descriptor: the page's memfd.
-        stacks: this process's stack channel, if it has one.
-        fenced: whether the watcher's memory fence reaches this process.
-        labels: what the watcher's reports call this process.
-
-    Returns:
-        The connection.
-
-    Raises:
-        AddressError: the address can't be a watcher's: whoever set it is at fault.
-        WatcherUnavailableError: nobody answers there within `ANSWER_WITHIN`, the
-            watcher refuses this process, or belongs to another user.
-        ProtocolError: whoever answers is no watcher.
-        VersionError: it is a watcher of another version.
-    """
-    until = monotonic() + ANSWER_WITHIN
-    descriptors = [page_descriptor] if stacks is None else [page_descriptor, stacks.fd]
-    while True:
-        connection = _open(address, until)
-        try:
-            _check_owner(connection, address)
-            hello = wire.Hello(
-                page_fd=page_descriptor,
-                monotonic=monotonic(),
-                fenced=fenced,
-                labels=labels,
-                command=list(sys.orig_argv),
-                python=".".join(map(str, sys.version_info[:3])),
-                stacks=stacks,
-                error_file=error_file_from(os.environ),
-                pid=os.getpid(),
-                main_ident=threading.main_thread().ident or 0,
-            )
-            answer = _converse(connection, address, wire.encode_hello(hello), descriptors, until)
-            if answer:
-                reply = wire.decode_reply(answer, f"the watcher at {address}")
-                if reply.reason is not None:
-                    raise WatcherUnavailableError(
-                        f"the watcher at {address} refuses this process: {reply.reason}"
-                    )
-                connection.setblocking(False)
-                return WatcherSocket(connection, reply)
-            if monotonic() > until:
-                raise ProtocolError(f"whoever listens at {address} hung up: it is no watcher")
-        except BaseException:
-            connection.close()
-            raise
-        # A watcher that died in the middle of this has a successor before long.
-        connection.close()
-        sleep(0.02)
-
-
-class _Socket(socket.socket):
-    """A socket whose number its `OwnDescriptor` closes, if it still is ours."""
-
-    def __del__(self) -> None:
-        self.detach()
-
-
-class WatcherSocket:
-    """The connection to the watcher, once we are welcome.
+    The program may close its number, and use that for something else: it is looked at each time.
 
     Attributes:
-        policy: the watcher's; see `Reply`.
+        policy: the watcher's, once we are welcome; see `wire.Reply`.
     """
 
-    def __init__(self, connection: socket.socket, reply: Reply) -> None:
-        self.policy = reply.policy
-        self._socket = connection
-        self._descriptor = OwnDescriptor(connection.fileno())
+    def __init__(self) -> None:
+        super().__init__(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.policy = NOTHING_CHOSEN
+        self._descriptor = OwnDescriptor(self.fileno())
+        self.setblocking(False)
 
     def ring(self) -> bool:
         """Ask the watcher to look at this process's page.
@@ -124,7 +61,7 @@ class WatcherSocket:
         if not self._descriptor.is_ours():
             return False
         try:
-            self._socket.send(RING, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            self.send(RING, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except BlockingIOError:
             return True
         except OSError as error:
@@ -132,44 +69,77 @@ class WatcherSocket:
             return error.errno in (errno.ENOBUFS, errno.ENOMEM, errno.EINTR)
         return True
 
-    def fileno(self) -> int:
-        """Return the descriptor's number."""
-        return self._descriptor.number
-
     def close(self) -> None:
         """Hang up, unless the number is somebody else's by now."""
-        self._socket.detach()
+        self.detach()
         self._descriptor.close()
 
+    def __del__(self) -> None:
+        self.detach()  # `OwnDescriptor` closes it
 
-def _open(address: str, until: float) -> socket.socket:
+
+def connect(address: str, hello: Callable[[], Hello]) -> WatcherSocket:
+    """Connect to the watcher at `address` and hand it this process's page.
+
+    Args:
+        address: path of the watcher's socket.
+        hello: returns what this process says of itself.
+
+    Returns:
+        The connection.
+
+    Raises:
+        AddressError: the address can't be a watcher's: whoever set it is at fault.
+        WatcherUnavailableError: nobody answers there within `ANSWER_WITHIN`, the
+            watcher refuses this process, or belongs to another user.
+        ProtocolError: whoever answers is no watcher.
+        VersionError: it is a watcher of another version.
+    """
     if "\0" in address or len(os.fsencode(address)) > _LONGEST_PATH:
         raise AddressError(
             f"the watcher's address {address!r:.60} can't be a socket's path "
             f"(at most {_LONGEST_PATH} bytes, no NUL): choose a shorter one"
         )
-    connection = _Socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    connection.setblocking(False)
-    try:
-        while True:
-            try:
-                connection.connect(address)
-            except BlockingIOError:  # the queue of newcomers is full
-                if monotonic() > until:
-                    raise WatcherUnavailableError(
-                        f"the watcher at {address} is too busy to take newcomers: try again later"
-                    ) from None
-                sleep(0.01)
-            else:
+    until = monotonic() + ANSWER_WITHIN
+    while True:
+        connection = WatcherSocket()
+        try:
+            problem = _try(connection, address, hello, until)
+            if problem is None:
                 return connection
-    except OSError as error:
-        connection.close()
-        if isinstance(error, WatcherUnavailableError):
+            if monotonic() > until:
+                raise problem
+        except BaseException:
+            connection.close()
             raise
-        raise _unreachable(address, error) from None
-    except BaseException:
         connection.close()
-        raise
+        sleep(0.02)
+
+
+def _try(
+    connection: WatcherSocket, address: str, hello: Callable[[], Hello], until: float
+) -> HangwatchError | None:
+    """Connect once; return None if we are welcome, an error if that may be so a moment later."""
+    try:
+        connection.connect(address)
+    except BlockingIOError:  # the queue of new connections is full
+        return WatcherUnavailableError(
+            f"the watcher at {address} is too busy to take newcomers: try again later"
+        )
+    except OSError as error:
+        raise _unreachable(address, error) from None
+    _check_owner(connection, address)
+    answer = _converse(connection, address, hello(), until)
+    if not answer:  # a watcher that died in the middle of this has a successor before long
+        return ProtocolError(f"whoever listens at {address} hung up: it is no watcher")
+    reply = wire.decode_reply(answer, f"the watcher at {address}")
+    if reply.reason is not None:
+        raise WatcherUnavailableError(
+            f"the watcher at {address} refuses this process: {reply.reason}"
+        )
+    connection.setblocking(False)
+    connection.policy = reply.policy
+    return None
 
 
 def _unreachable(address: str, error: OSError) -> AddressError | WatcherUnavailableError:
@@ -187,7 +157,7 @@ def _unreachable(address: str, error: OSError) -> AddressError | WatcherUnavaila
         return WatcherUnavailableError(f"nobody listens at {address} any more: {_RETRY}")
     if error.errno in (errno.EACCES, errno.EPERM):
         return WatcherUnavailableError(
-            f"the way to {address} is closed to user {os.geteuid()}: start a watcher of your own, "
+            f"user {os.geteuid()} may not connect to {address}: start a watcher of your own, "
             f"or start that one as root with --allow-uid {os.geteuid()}"
         )
     return WatcherUnavailableError(f"can't connect to {address} ({error.strerror}): {_RETRY}")
@@ -204,13 +174,13 @@ def _check_owner(connection: socket.socket, address: str) -> None:
         )
 
 
-def _converse(
-    connection: socket.socket, address: str, hello: bytes, descriptors: list[int], until: float
-) -> bytes:
+def _converse(connection: socket.socket, address: str, hello: Hello, until: float) -> bytes:
     """Say hello and hear the answer; empty if the other side hung up before it gave one."""
+    message = wire.encode_hello(hello)
+    descriptors = [hello.page_fd] if hello.stacks is None else [hello.page_fd, hello.stacks.fd]
     try:
         connection.settimeout(max(0.01, until - monotonic()))
-        socket.send_fds(connection, [hello], descriptors, socket.MSG_NOSIGNAL)
+        socket.send_fds(connection, [message], descriptors, socket.MSG_NOSIGNAL)
         connection.settimeout(max(0.01, until - monotonic()))
         answer = connection.recv(_MOST_BYTES)
     except TimeoutError:

@@ -9,36 +9,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-
-TYPE_CHECKING = False  # typing itself takes long to import
-if TYPE_CHECKING:
-    from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
 
 _DEBUGGERS = ("bdb", "pydevd")
 
 
-class _Notice:
-    """A finder that finds nothing.
-
-    Args:
-        on_loaded: called when a debugger is about to be loaded, in the importing thread.
-    """
-
-    def __init__(self, on_loaded: Callable[[], None]) -> None:
-        self._on_loaded = on_loaded
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if name in _DEBUGGERS:
-            self._on_loaded()
-        return None
-
-
-def is_loaded() -> bool:
-    """Tell whether a debugger has been loaded."""
-    return any(name in sys.modules for name in _DEBUGGERS)
-
-
 def call_when_loaded(on_loaded: Callable[[], None]) -> None:
-    """Call a function whenever a debugger is about to be loaded; only the first call counts."""
-    if not any(isinstance(finder, _Notice) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Notice(on_loaded))
+    """Call a function if a debugger was loaded, and, in the importing thread, before one is.
+
+    Of several functions, only the last one is called later.
+    """
+    global _on_loaded
+    _on_loaded = on_loaded
+    if not any(finder is _finder for finder in sys.meta_path):
+        sys.meta_path.insert(0, _finder)
+    if any(name in sys.modules for name in _DEBUGGERS):
+        on_loaded()
+
+
+def _find_spec(name: str, path: object = None, target: object = None) -> None:
+    if name in _DEBUGGERS:
+        _on_loaded()
+
+
+_on_loaded: Callable[[], None] = lambda: None  # noqa: E731
+_finder = SimpleNamespace(find_spec=_find_spec)

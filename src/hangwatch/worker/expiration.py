@@ -9,26 +9,23 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from functools import partial
+from types import SimpleNamespace
 
 from hangwatch.errors import HangwatchError
-from hangwatch.worker import arguments, client, decorated, handle, tasks
-from hangwatch.worker.arguments import NOTHING_ASKED, Asked, name_of
-from hangwatch.worker.blocks import ContractBlock, cannot
+from hangwatch.worker import arguments, client, handle, tasks, transports, wrapped
+from hangwatch.worker.arguments import NOTHING_ASKED, Asked
 from hangwatch.worker.chosen_core import core, problem
-from hangwatch.worker.iteration import Watched
-from hangwatch.worker.roads import Configured, find_road
 from hangwatch.worker.warnings import warn
+from hangwatch.worker.wrapped import Watched
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Callable, Iterable
+    from collections.abc import AsyncIterable, Iterable
     from typing import Any, NoReturn, TypeVar
 
     from hangwatch.worker.blocks import ContractClient, Other
     from hangwatch.worker.core import Expiration as Expiration
 
-    Function = TypeVar("Function", bound=Callable[..., Any])
     Item = TypeVar("Item")
 else:
     Expiration = core.Expiration
@@ -80,46 +77,24 @@ def expires(
     return _block(limit, scope, asked)
 
 
-class _Hooks:
-    """What the core asks; see `core.Hooks`."""
+def _enter(block: Expiration) -> Other | None:
+    global _asks_asyncio
+    if core.forks() != _forks:  # a fork that Python did not see
+        _after_fork()
+    if not _asks_asyncio:
+        functions = tasks.asyncio_state()
+        if functions is not None:
+            core.ask_asyncio(*functions)
+            _asks_asyncio = True
+    asked: Any = block.asked or NOTHING_ASKED
+    return transports.begin(block, asked)
 
-    def __init__(self) -> None:
-        self._asks_asyncio = False
-        self._forks = 0
 
-    declare = staticmethod(expires)
-
-    def enter(self, block: Expiration) -> Other | None:
-        if core.forks() != self._forks:  # a fork that Python did not see
-            _after_fork()
-        if not self._asks_asyncio:
-            functions = tasks.asyncio_state()
-            if functions is not None:
-                core.ask_asyncio(*functions)
-                self._asks_asyncio = True
-        asked: Any = block.asked or NOTHING_ASKED
-        timer_client, road = find_road(asked.client)
-        if road is not None:
-            return road.begin(block, name_of(block), asked)
-        if asked.is_more_than_a_client:
-            raise cannot(timer_client, "pause, nor take on_expiry, grace or signal")
-        return ContractBlock(timer_client, name_of(block), block.after)
-
-    @staticmethod
-    def switches_within_a_thread() -> bool:
-        return tasks.current_task() != 0.0
-
-    renew = staticmethod(handle.renew)
-
-    @staticmethod
-    def refuse_again() -> NoReturn:
-        raise HangwatchError(
-            "this block was entered already, and one object is one block: call expires() again, "
-            "or decorate a function with it"
-        )
-
-    def forget_parent(self) -> None:
-        self._forks = core.forks()
+def _refuse_again() -> NoReturn:
+    raise HangwatchError(
+        "this block was entered already, and one object is one block: call expires() again, "
+        "or decorate a function with it"
+    )
 
 
 def _block(limit: float, scope: str | None, asked: Asked | None) -> Expiration:
@@ -152,8 +127,7 @@ def configure(timer_client: ContractClient | None) -> None:
     """
     if timer_client is not None:
         arguments.check_client(timer_client)
-    Configured.client = timer_client
-    Configured.by_environment = False
+    transports.configure(timer_client)
     core.forget_keys()
 
 
@@ -216,43 +190,34 @@ def watch(
     """
     limit = arguments.checked_limit(after)
     asked = arguments.checked_asked(client, on_expiry, grace, signal, raises)
-    return Watched(iterable, _again(_block(limit, scope, asked)))
-
-
-def _decorate(block: Expiration, function: Function) -> Function:
-    """Decorate a function: each call is a block.
-
-    Args:
-        block: what is done anew for each call.
-        function: a function, a coroutine function, a generator or an async generator; the
-            timer of a generator runs only while it is at work on its next item.
-
-    Raises:
-        TypeError: it is none of these: the caller's fault.
-    """
-    return decorated.decorate(function, _again(block))
-
-
-def _again(block: Expiration) -> Callable[[], Expiration]:
-    """Return what makes another object for the same block, which nobody has entered yet."""
-    return partial(core.block, block.after, block.scope, block.lasti, block.asked)
+    return Watched(iterable, _block(limit, scope, asked))
 
 
 def _after_fork() -> None:
     """In a forked child: touch nothing of the parent's, and start anew."""
-    hooks.forget_parent()
+    global _forks
+    _forks = core.forks()
     client.forget_parent()
 
 
 forget_keys = core.forget_keys
 """Make every thread ask again: another client, or other methods of one."""
 
-hooks = _Hooks()
+_asks_asyncio = False
+_forks = 0
+hooks = SimpleNamespace(
+    declare=expires,
+    enter=_enter,
+    switches_within_a_thread=lambda: tasks.current_task() != 0.0,
+    renew=handle.renew,
+    refuse_again=_refuse_again,
+)
+"""What the core asks; see `core.Hooks`."""
 core.use(hooks, expires.__doc__)
 # The same for either core: nothing of it needs to be quick.
 core.Expiration.cancel = handle.cancel
 core.Expiration.remaining = handle.remaining
-core.Expiration.__call__ = _decorate
+core.Expiration.__call__ = wrapped.decorate
 if not TYPE_CHECKING:  # the same, and quick where nothing but a limit and a name is given
     expires = core.expires
 os.register_at_fork(after_in_child=_after_fork)

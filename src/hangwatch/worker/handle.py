@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from math import inf
-from time import monotonic
-
 from hangwatch.errors import HangwatchError
-from hangwatch.page import layout
 from hangwatch.worker.arguments import checked_limit
+from hangwatch.worker.blocks import UNWATCHED
 from hangwatch.worker.chosen_core import core
-from hangwatch.worker.own_page import OwnPage, page_of
+from hangwatch.worker.own_page import timer_at
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
+    from hangwatch.worker.blocks import Timer
     from hangwatch.worker.core import Expiration
 
 
 def renew(block: Expiration, after: float | None = None) -> None:
     """Give an open block another interval; see `Expiration.renew`."""
     limit = None if after is None else checked_limit(after)
-    own = _own_way(block, "renew")
-    if own is not None:
-        own(limit)
-        return
-    page, at, entry = _place(block)
-    if page is not None:
-        limit = page.words[at + layout.LIMIT] if limit is None else limit
-        page.begin_interval(at, entry, monotonic() + limit, limit)
-        page.ring()
+    _timer_of(block).renew(limit)
 
 
 def cancel(block: Expiration) -> None:
@@ -38,13 +27,7 @@ def cancel(block: Expiration) -> None:
         HangwatchError: the block is not open.
         UnsupportedError: the block's client can't do that.
     """
-    own = _own_way(block, "cancel")
-    if own is not None:
-        own()
-        return
-    page, at, entry = _place(block)
-    if page is not None:
-        page.begin_interval(at, entry, layout.NEVER, page.words[at + layout.LIMIT])
+    _timer_of(block).cancel()
 
 
 def remaining(block: Expiration) -> float:
@@ -56,40 +39,20 @@ def remaining(block: Expiration) -> float:
     Raises:
         HangwatchError: the block is not open.
     """
-    own = _own_way(block, "remaining")
-    if own is not None:
-        left: float = own()
-        return left
-    page, at, entry = _place(block)
-    if page is None:
-        return inf
-    deadline = page.words[at]
-    if deadline == 0.0 or deadline >= layout.NEVER:  # 0.0: an inherited one, or the process ends
-        return inf
-    now, since = monotonic(), page.pauses.since()
-    if since < now and not page.view.is_pause((at - layout.HEADER_WORDS) // layout.SLOT_WORDS):
-        now = max(since, deadline - page.interval(at, entry))
-    return deadline - now
+    return _timer_of(block).remaining()
 
 
-def _own_way(block: Expiration, method: str) -> Callable[..., float] | None:
-    """Return how that is done where it is not the slot's; see `blocks.Other`."""
-    way: Callable[..., float] | None = getattr(block.other, method, None)
-    return way
-
-
-def _place(block: Expiration) -> tuple[OwnPage | None, int, float]:
-    """Return the block's page, its slot's first word, and its entry; no page: unwatched."""
+def _timer_of(block: Expiration) -> Timer:
     core.forks()  # after a fork that Python did not see, the page is the parent's until then
     place = block.place
-    if place is None and _ended:  # it is unwatched, as all that begin then
-        return None, 0, 0.0
-    if place is None:
+    if block.other is not None:
+        timer: Timer = block.other
+        return timer
+    if place is None and not _ended:  # else it is unwatched, as all that begin then
         raise HangwatchError(
             "this timer's block is not open: renew, cancel and ask for what remains within it"
         )
-    memory, index, entry = place
-    return page_of(memory), layout.deadline_word(index), entry
+    return UNWATCHED if place is None else timer_at(place) or UNWATCHED
 
 
 _ended = False

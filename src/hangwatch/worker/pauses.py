@@ -16,12 +16,13 @@ from math import inf
 from time import monotonic
 
 from hangwatch.page import layout
-from hangwatch.worker.blocks import no_end
+from hangwatch.worker.blocks import SlotTimer, no_end
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
     from hangwatch.page.view import View
     from hangwatch.worker.core import Expiration
+    from hangwatch.worker.own_page import OwnPage
 
 
 class Pauses:
@@ -46,10 +47,13 @@ class Pauses:
         # Where, from, to: made once a pause, so that what was interrupted can be done again.
         self._moves: list[tuple[int, float, float]] | None = None
 
-    def begin(self, block: Expiration, arm: Callable[[], bool]) -> PausingBlock | None:
+    def begin(
+        self, page: OwnPage, block: Expiration, arm: Callable[[], bool]
+    ) -> PausingBlock | None:
         """Begin a pause; if that raises, it has not begun.
 
         Args:
+            page: the page.
             block: the block that pauses.
             arm: arms its slot; returns whether there was one left.
         """
@@ -63,14 +67,14 @@ class Pauses:
             assert block.place is not None
             _, index, entry = block.place
             self._pausing.append((index, entry))
-            return PausingBlock(partial(self.end, index, entry))
+            return PausingBlock(page, index, entry)
 
     def end(self, index: int, entry: float) -> None:
         """End the pause that armed a slot as `entry`; a second time does nothing."""
         if os.getpid() != self._pid:
             return  # a forked child: the pause is its parent's, and so may the lock be
         with self._lock:
-            if not self._view.is_open(index, entry):
+            if self._view.open_block(index, entry) is None:
                 return
             self._forget_ended()
             if self._pausing in ([(index, entry)], []):
@@ -90,7 +94,7 @@ class Pauses:
         return self._since if self._pausing and self._view.is_paused() else inf
 
     def _forget_ended(self) -> None:
-        self._pausing = [place for place in self._pausing if self._view.is_open(*place)]
+        self._pausing = [place for place in self._pausing if self._view.open_block(*place)]
 
     def _moves_of(self, since: float, until: float) -> Iterator[tuple[int, float, float]]:
         """Yield which words of suspended blocks must change, and how."""
@@ -108,15 +112,12 @@ class Pauses:
                 yield at, slot.deadline, slot.deadline + max(0.0, until - max(since, began))
 
 
-class PausingBlock:
-    """A pause, while its block is open; see `blocks.Other`.
+class PausingBlock(SlotTimer):
+    """A pause, while its block is open; see `blocks.Other`."""
 
-    Args:
-        end: ends the pause; a second time does nothing.
-    """
-
-    def __init__(self, end: Callable[[], None]) -> None:
-        self._end = end
+    def __init__(self, page: OwnPage, index: int, entry: float) -> None:
+        super().__init__(page, index, entry)
+        self._end = end = partial(page.pauses.end, index, entry)
         # However the block ends. With a weak reference's callback and no __del__: who ends a
         # pause as usual runs no code of ours after that, in which an interruption would get lost.
         self._forgotten = weakref.finalize(self, _end_quietly, end)

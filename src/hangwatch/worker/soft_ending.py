@@ -12,66 +12,57 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
 from time import monotonic
-from types import CodeType, FrameType
+from types import FrameType
 
 from hangwatch.errors import TimerExpired
 from hangwatch.page import layout
+from hangwatch.worker.blocks import SlotTimer
+from hangwatch.worker.exception_table import handler_at
 from hangwatch.worker.free_signals import free_signals
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
     from typing import Any
 
+    from hangwatch.page.view import Armed
     from hangwatch.worker.own_page import OwnPage
 
-# They call what is timed from within a ``with`` of their own, as anybody does.
-_CALLERS = ("hangwatch.worker.decorated", "hangwatch.worker.iteration")
+# It calls what is timed from within a ``with`` of its own, as anybody does.
+_CALLER = "hangwatch.worker.wrapped"
 # Python code that ours calls while it begins or ends a block.
 _CALLED = ("asyncio.tasks", "asyncio.events", "threading")
 
 
-class _Raisable:
-    """An open block of the main thread whose overrun raises."""
+class _Raisable(SlotTimer):
+    """A block of the main thread whose overrun raises; made as it is entered.
 
-    def __init__(
-        self, page: OwnPage, place: tuple[object, int, float], name: str, raises: Any
-    ) -> None:
-        self._page = page
-        _, self._index, self._entry = place
-        self._at = layout.deadline_word(self._index)
+    Args:
+        page, index, entry: see `SlotTimer`.
+        name: its name.
+        raises: the exception in the place of `TimerExpired`, or None.
+    """
+
+    def __init__(self, page: OwnPage, index: int, entry: float, name: str, raises: Any) -> None:
+        super().__init__(page, index, entry)
+        self.frame = _identity(_who_enters())
         self._name = name
         self._raises = raises
-        frame = _who_enters()
-        # Not the frame itself, which would be kept alive, with all that it refers to.
-        self.frame = id(frame), id(frame.f_code)
-
-    def deadline(self) -> float:
-        """Return the deadline; 0.0: the block has ended."""
-        words = self._page.words
-        return words[self._at] if words[self._at + layout.ENTRY] == self._entry else 0.0
 
     def is_overdue(self, now: float) -> bool:
-        """Tell whether the block has overrun, and was not raised in for it."""
-        page = self._page
-        if page.words[self._at + layout.RAISED_ENTRY] == self._entry:
-            return False
-        runs = now < page.pauses.since() or page.view.is_pause(self._index)
-        return runs and 0.0 < self.deadline() <= now
-
-    def entered(self) -> float:
-        """Return when the block was entered (CLOCK_MONOTONIC)."""
-        return self._page.entered(self._at, self._entry)
+        """Tell whether it has overrun, and was not raised in for it."""
+        armed, view = self.armed(), self.page.view
+        return armed is not None and armed in view.overdue(now) and not view.was_raised(armed)
 
     def note_raised(self) -> None:
         """Say in the page that it was raised in this block."""
-        self._page.words[self._at + layout.RAISED_ENTRY] = self._entry
+        at = layout.deadline_word(self.index)
+        self.page.words[at + layout.RAISED_ENTRY] = self.entry
 
-    def raise_now(self, now: float) -> None:
+    def raise_now(self, armed: Armed, now: float) -> None:
         """Raise what the block asked for."""
-        limit = self._page.interval(self._at, self._entry)
-        expired = TimerExpired(self._name, limit, now - self.entered())
+        view = self.page.view
+        expired = TimerExpired(self._name, view.interval(armed), now - view.entered(armed))
         if self._raises is None or self._raises is TimerExpired:
             raise expired
         try:
@@ -81,68 +72,80 @@ class _Raisable:
         raise own from expired
 
 
-class _Handler:
-    """The handler of this process; there is one, however many pages it has."""
+# There is one handler in a process, however many pages it has.
+_number = 0
+_blocks: list[_Raisable] = []
+"""In their order of entry; replaced as a whole."""
 
-    number = 0
-    blocks: list[_Raisable] = []  # noqa: RUF012  # replaced as a whole
 
+def install(page: OwnPage) -> bool:
+    """Let the watcher of a page interrupt the main thread, if a signal is free; False: in others.
 
-def install() -> int | None:
-    """Catch a signal, the first time; return its number, 0 if none is free, None in a thread."""
-    if threading.current_thread() is not threading.main_thread():
-        return None
+    A signal is caught the first time.
+    """
+    global _number
+    if threading.get_ident() != threading.main_thread().ident:
+        return False
     # A program that took the signal since then has it.
-    if not _Handler.number or signal.getsignal(_Handler.number) is not _raise:
-        _Handler.number = next(iter(free_signals()), 0)
+    if not _number or signal.getsignal(_number) is not _raise:
+        _number = next(iter(free_signals()), 0)
         try:
-            if _Handler.number:
-                signal.signal(_Handler.number, _raise)
+            if _number:
+                signal.signal(_number, _raise)
         except ValueError:  # a subinterpreter, where no handler can be set
-            _Handler.number = 0
-    return _Handler.number
+            _number = 0
+    page.words[layout.RAISE_SIGNAL] = _number
+    return True
 
 
 def note(page: OwnPage, place: tuple[object, int, float], name: str, raises: object) -> None:
     """Let an overrun of a block that the main thread has just entered raise."""
-    if threading.get_ident() == threading.main_thread().ident:
-        open_ones = [block for block in _Handler.blocks if block.deadline()]
-        _Handler.blocks = [*open_ones, _Raisable(page, place, name, raises)]
+    global _blocks
+    new = _Raisable(page, *place[1:], name, raises)
+    _blocks = [*(block for block in _blocks if block.armed()), new]
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
     now = monotonic()
-    overdue = [block for block in _Handler.blocks if block.is_overdue(now)]
+    overdue = [block for block in _blocks if block.is_overdue(now)]
     # If nothing has ended, the watcher asks again.
     if not overdue or _is_between(frame) or _is_unguarded(frame):
         return
-    inside: list[_Raisable] = []
-    outermost: _Raisable | None = None
+    running = []
     # What a trace function raises unsets it, and comes to who is traced at any place.
     while frame is not None and not _is_tracing(frame):
-        here = [block for block in overdue if block.frame == (id(frame), id(frame.f_code))]
-        if here:
-            inside += here
-            outermost = min(here, key=_Raisable.entered)
+        running.append(_identity(frame))
         frame = frame.f_back
-    if outermost is not None:
-        # All of them end by it; it is the outermost that catches it.
+    inside = [block for block in overdue if block.frame in running]
+    if not inside:
+        return
+    # All of them end by it; it is the outermost that catches it: a frame's first one.
+    outermost = max(inside, key=lambda block: running.index(block.frame))
+    armed = outermost.armed()
+    if armed is not None:  # nor has another thread ended it
         for block in inside:
             block.note_raised()
-        outermost.raise_now(now)
+        outermost.raise_now(armed, now)
+
+
+def _identity(frame: FrameType) -> tuple[int, int]:
+    """Return what tells a frame; itself, it would be kept alive, with all that it refers to."""
+    return id(frame), id(frame.f_code)
 
 
 def _who_enters() -> FrameType:
     """Return the frame whose block is being entered."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and (_is_ours(frame) or _is_contextlib(frame.f_back)):
+    while frame.f_back is not None and (
+        _is_ours(frame) or _module_of(frame.f_back) == "contextlib"
+    ):
         # A generator of `@contextmanager` waits while the block lasts: it is its user's.
         frame = frame.f_back
     return frame
 
 
-def _is_contextlib(frame: FrameType) -> bool:
-    return frame.f_globals.get("__name__") == "contextlib"
+def _module_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
 
 
 def _is_ours(frame: FrameType) -> bool:
@@ -150,15 +153,15 @@ def _is_ours(frame: FrameType) -> bool:
 
     So is what `ExitStack` and `@contextmanager` do; and weakref's, where an exception is ignored.
     """
-    module = str(frame.f_globals.get("__name__", ""))
-    if module in _CALLERS:
-        return False
-    return module in ("contextlib", "weakref") or module.startswith("hangwatch.")
+    module = _module_of(frame)
+    if module in ("contextlib", "weakref"):
+        return True
+    return module.startswith("hangwatch.") and module != _CALLER
 
 
 def _is_between(frame: FrameType | None) -> bool:
     """Tell whether a block is just being entered or left."""
-    while frame is not None and frame.f_globals.get("__name__") in _CALLED:
+    while frame is not None and _module_of(frame) in _CALLED:
         frame = frame.f_back
     return frame is not None and _is_ours(frame)
 
@@ -172,30 +175,9 @@ def _is_unguarded(frame: FrameType | None) -> bool:
     if frame is None:
         return False
     code, at = frame.f_code, frame.f_lasti
-    handler = _handler_at(code, at)
-    enters = any(b.frame == (id(frame), id(code)) for b in _Handler.blocks if b.deadline())
-    return handler is None if enters else handler != _handler_at(code, at - 2)
-
-
-def _handler_at(code: CodeType, at: int) -> int | None:
-    """Return where a function catches what an instruction raises; None: it does not.
-
-    Source: CPython, InternalDocs/exception_handling.md, "Format of the exception table".
-    """
-    numbers = _numbers_in(code.co_exceptiontable)
-    for start, length, handler, _ in zip(numbers, numbers, numbers, numbers, strict=True):
-        if start <= at // 2 < start + length:
-            return handler
-    return None
-
-
-def _numbers_in(table: bytes) -> Iterator[int]:
-    number = 0
-    for byte in table:
-        number = number << 6 | byte & 63
-        if not byte & 64:
-            yield number
-            number = 0
+    handler = handler_at(code, at)
+    enters = any(block.frame == _identity(frame) for block in _blocks if block.armed())
+    return handler is None if enters else handler != handler_at(code, at - 2)
 
 
 def _is_tracing(frame: FrameType) -> bool:
@@ -205,9 +187,7 @@ def _is_tracing(frame: FrameType) -> bool:
     return any(frame.f_code is _code_of(function) for function in functions)
 
 
-def _code_of(function: Any) -> object:
-    if function is None:
-        return None
-    function = getattr(function, "__func__", function)  # of a method
+def _code_of(function: object) -> object:
+    """Return the code of a function, a method or an object that can be called, if it has any."""
     code = getattr(function, "__code__", None)
     return getattr(type(function).__call__, "__code__", None) if code is None else code

@@ -20,7 +20,11 @@ from hangwatch.worker.own_descriptor import OwnDescriptor
 
 
 class _Channel:
-    """The channel of this process; there is one, however many clients it has."""
+    """The channel of this process; there is one, however many clients it has.
+
+    A class, so that the descriptor lasts as long as faulthandler may write to it: longer than a
+    module's names.
+    """
 
     descriptor: OwnDescriptor | None = None
     signals = (0, 0)

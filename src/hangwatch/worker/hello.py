@@ -1,13 +1,19 @@
-"""What those who launched a worker said of it: rank, run, restart, where its end is explained.
+"""What a process says of itself when it connects; of its launcher's words, a few.
 
-Only variables on this list are read; a report never holds the environment.
+Those are rank, run and restart, and where its end is explained. Only variables on this list are
+read; a report never holds the environment.
 Source: torchrun's, SLURM's and Open MPI's documentation of their environment.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Mapping
+from time import monotonic
+
+from hangwatch import wire
 
 _VARIABLES = {
     "rank": ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"),
@@ -19,6 +25,28 @@ _VARIABLES = {
 }
 
 
+def hello_of(page_descriptor: int, stacks: wire.StackChannel | None, fenced: bool) -> wire.Hello:
+    """Return this process's hello.
+
+    Args:
+        page_descriptor: the page's memfd.
+        stacks: its stack channel, if it has one.
+        fenced: whether the watcher's memory fence reaches it.
+    """
+    return wire.Hello(
+        page_fd=page_descriptor,
+        monotonic=monotonic(),
+        fenced=fenced,
+        labels=labels_from(os.environ),
+        command=list(sys.orig_argv),
+        python=".".join(map(str, sys.version_info[:3])),
+        stacks=stacks,
+        error_file=_error_file_from(os.environ),
+        pid=os.getpid(),
+        main_ident=threading.main_thread().ident or 0,
+    )
+
+
 def labels_from(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the labels that `environment` gives; the first variable of a row wins."""
     return {
@@ -28,7 +56,7 @@ def labels_from(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def error_file_from(environment: Mapping[str, str]) -> str | None:
+def _error_file_from(environment: Mapping[str, str]) -> str | None:
     """Return where torchrun looks for the reason of this process's end; None: nowhere."""
     path = environment.get("TORCHELASTIC_ERROR_FILE")
     try:
