@@ -1,9 +1,9 @@
 """What a block costs: CPU time against an empty `with` block of a Python class, and system calls.
 
-Two processes, one with the core in C and one with that in Python, take turns at every pattern,
-and measure an empty block beside each of their own: a class that takes the same arguments and
-keeps them, `Empty`. A real watcher watches, and asyncio is imported. A turn whose empty block
-was held up is discarded.
+Three processes take turns at every pattern, and measure an empty block beside each of their own:
+a class that takes the same arguments and keeps them, `Empty`. One has the core in C, one that in
+Python, and one uses the drop-in pair over a queue. A real watcher watches, and asyncio is
+imported. A turn whose empty block was held up is discarded.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -174,6 +175,13 @@ def measure() -> None:
     def nothing() -> None:
         pass
 
+    ends: list[Any] = []
+    if "--pair" in sys.argv:
+        queue = multiprocessing.get_context("fork").Queue()
+        server = hangwatch.LocalTimerServer(queue, max_interval=60, report_dir=None)
+        server.start()
+        ends.append(server.stop)
+        hangwatch.configure(hangwatch.LocalTimerClient(queue))
     with hangwatch.expires(60, "renewed") as open_block:
         more: dict[str, object] = {
             "F": hangwatch.expires(60, "f")(nothing),
@@ -186,7 +194,6 @@ def measure() -> None:
             )
             for name, pattern in PATTERNS.items()
         }
-        ends: list[Any] = []
         peers: dict[str, list[tuple[str, Callable[[int], object], int]]] = {}
         for name, (pattern, setup, body, count) in PEERS.items() if "--peers" in sys.argv else ():
             names: dict[str, object] = {}
@@ -211,8 +218,8 @@ def measure() -> None:
             others = {peer: cost(run, count)[0] for peer, run, count in peers.get(name, ())}
             turn = {"empty": empty, "held_up": held_up, "took": took, "peers": others}
             print(json.dumps(turn), flush=True)
-        for end in ends:
-            end()
+    for end in ends:
+        end()
 
 
 # -- the process that asks
@@ -251,11 +258,23 @@ class Row:
 
 
 class Asked:
-    """A process that measures."""
+    """A process that measures.
 
-    def __init__(self, pure: bool) -> None:
+    Args:
+        name: of its column.
+        options: ``--peers``: the peers, too; ``--pair``: with a client of the queue's pair.
+        pure: whether its core is the one in Python.
+
+    Attributes:
+        rows: what it measured, by pattern.
+        core: its core.
+    """
+
+    def __init__(self, name: str, *options: str, pure: bool = False) -> None:
+        self.name = name
+        self.pure = pure
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--measure", *(() if pure else ("--peers",))],
+            [sys.executable, __file__, "--measure", *options],
             env={**os.environ, "HANGWATCH_PURE": str(int(pure))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -282,12 +301,13 @@ class Asked:
         self._process.wait()
 
 
-def show(in_c: Asked, in_python: Asked, turns: int) -> None:
-    """Print the table."""
+def show(processes: list[Asked], turns: int) -> None:
+    """Print the table; the first process has measured the peers."""
     from rich.console import Console
     from rich.table import Table
 
-    for asked in (in_c, in_python):
+    in_c = processes[0]
+    for asked in processes:
         for row in asked.rows.values():
             row.judge()
     peers = [
@@ -296,18 +316,18 @@ def show(in_c: Asked, in_python: Asked, turns: int) -> None:
         if name in in_c.rows[pattern].turns[0]["peers"]
     ]
     table = Table(title="CPU ns a block (in empty `with` blocks; quartiles)")
-    for column in ("", "empty", "core in C", "core in Python", *peers):
+    for column in ("", "empty", *(asked.name for asked in processes), *peers):
         table.add_column(column, justify="right" if column else "left")
     worst: dict[str, tuple[float, str]] = {}
     for name, pattern in PATTERNS.items():
         cells = [f"{in_c.rows[name].median('empty'):.0f}"]
-        targets = (pattern.target, pattern.in_python)
-        for asked, target in zip((in_c, in_python), targets, strict=True):
+        for asked in processes:
+            target = pattern.in_python if asked.pure else pattern.target
             low, middle, high = asked.rows[name].ratios()
             mark = "" if middle <= target else f" [bold red]over {target:g}[/]"
             took = asked.rows[name].median("took")
             cells.append(f"{took:.0f} ({middle:.2f}; {low:.2f} to {high:.2f}){mark}")
-            worst[asked.core] = max(worst.get(asked.core, (0.0, "")), (middle, name))
+            worst[asked.name] = max(worst.get(asked.name, (0.0, "")), (middle, name))
         for peer in peers:
             if PEERS[peer][0] != name:
                 cells.append("")
@@ -317,12 +337,12 @@ def show(in_c: Asked, in_python: Asked, turns: int) -> None:
             cells.append(f"{took:.0f} ({ratio:.1f})")
         table.add_row(name, *cells)
     Console(width=max(Console().width, 40 * len(table.columns)), highlight=False).print(table)
-    if in_c.core == in_python.core:
-        print("the core in C was not built: both columns show the one in Python")
-    for core, (ratio, name) in worst.items():
-        print(f"the worst row of {core}: {name}, {ratio:.2f} empty blocks")
-    discarded = sum(row.discarded for asked in (in_c, in_python) for row in asked.rows.values())
-    of_all = turns * len(PATTERNS) * 2
+    if in_c.core == "core":
+        print("the core in C was not built: every column shows the one in Python")
+    for column, (ratio, name) in worst.items():
+        print(f"the worst row of {column}: {name}, {ratio:.2f} empty blocks")
+    discarded = sum(row.discarded for asked in processes for row in asked.rows.values())
+    of_all = turns * len(PATTERNS) * len(processes)
     print(f"{discarded} of {of_all} turns were discarded: an empty block was held up")
     print(f"CPython {platform.python_version()}, {os.cpu_count()} CPUs, {processor()}")
 
@@ -363,7 +383,7 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--turns", type=int, default=TURNS, metavar="N", help="of each pattern")
     options.add_argument("--system-calls", action="store_true", help="look at these alone")
-    for hidden in ("--between-marks", "--measure", "--peers"):
+    for hidden in ("--between-marks", "--measure", "--peers", "--pair"):
         options.add_argument(hidden, action="store_true", help=argparse.SUPPRESS)
     chosen = options.parse_args()
     if chosen.between_marks or chosen.measure:
@@ -372,14 +392,18 @@ def main() -> int:
     with hangwatch.serve(report_dir=None):
         calls = count_system_calls()
         if not chosen.system_calls:
-            both = [Asked(pure=False), Asked(pure=True)]
+            processes = [
+                Asked("core in C", "--peers"),
+                Asked("core in Python", pure=True),
+                Asked("the queue's pair", "--pair"),
+            ]
             for _ in range(chosen.turns):
                 for pattern in PATTERNS:
-                    for asked in both:
+                    for asked in processes:
                         asked.ask(pattern)
-            for asked in both:
+            for asked in processes:
                 asked.end()
-            show(both[0], both[1], chosen.turns)
+            show(processes, chosen.turns)
     shown = "not counted: install strace" if calls is None else calls
     print(f"system calls in {COUNTED_PAIRS} pairs: {shown}")
     return 1 if calls else 0

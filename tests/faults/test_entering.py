@@ -170,7 +170,7 @@ def test_without_descriptors_a_block_runs_and_nobody_watches(
     assert free < 6 or not err
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may change its root")
 def test_after_a_chroot_a_block_runs(watcher: RunningWatcher, tmp_path: Path) -> None:
     script = """
 import os, sys, hangwatch

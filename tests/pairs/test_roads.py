@@ -11,11 +11,14 @@ import time
 from collections.abc import Iterator
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import hangwatch
+from hangwatch import expires
 from hangwatch.timer import _targets as targets
+from hangwatch.timer._client import DropInClient
 from support import pair_workers
 from support.pairs import (
     CONTEXT,
@@ -56,6 +59,33 @@ class TestTheNativeRoad:
             assert exit_status(worker) == KILLED
         finally:
             server.stop()
+
+    def test_a_client_is_asked_once_for_blocks_that_replace_no_timer(
+        self, pair: Pair, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Afterwards they cost what any block costs."""
+        asked: list[str] = []
+
+        def begin(client: DropInClient, block: Any, chosen: Any) -> Any:
+            asked.append(block.scope)
+            return as_built(client, block, chosen)
+
+        as_built = DropInClient.begin
+        monkeypatch.setattr(DropInClient, "begin", begin)
+        with running(pair):
+            client = pair.client()
+            wait_until(lambda: client._connected() is not None, "the watcher")
+            for _ in range(10):
+                with expires(600, "outer", client), expires(600, "inner", client):
+                    pass
+            assert asked == ["outer", "inner"]
+            asked.clear()
+            for _ in range(3):
+                with hangwatch.expires(600, "outer", client) as outer:
+                    with hangwatch.expires(900, "outer", client):
+                        assert outer.remaining() == inf
+                    assert outer.remaining() <= 600
+            assert asked == ["outer"] * 3, "the inner ones"
 
     def test_a_server_that_is_restarted_watches_again(self, pair: Pair) -> None:
         with running(pair):

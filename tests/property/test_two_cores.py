@@ -142,15 +142,17 @@ class Core:
         if choice == "fails":
             raise RuntimeError("entering fails")
 
+        scope = block.scope if isinstance(block.scope, str) else block.scope.co_name
+
         def details() -> bytes:
-            scope = block.scope if isinstance(block.scope, str) else block.scope.co_name
             thread = threading.current_thread()
             said = layout.SlotDetails(
                 block.after, threading.get_ident(), thread.native_id or 0, thread.name, scope
             )
             return layout.pack_details(said, keep_end=False)
 
-        is_armed = self.slots.arm(block, details, self.task(), choice is None)
+        nests = scope not in ("b", there.__name__)
+        is_armed = self.slots.arm(block, details, self.task(), choice is None, nests)
         self.said.append(("armed", is_armed))
         return Other(self.said, fails=block.after == 1000) if choice == "other" else None
 
@@ -265,6 +267,7 @@ class TwoCores(RuleBasedStateMachine):
         self.workers = {who: Worker(who) for who in THREADS if who != "main"}
         self.made = 0
         self.keys: dict[str, set[object]] = {who: set() for who in THREADS}
+        self.last: dict[str, tuple[str | int, float, Any]] = {}
         self.same_slots = True
         self.same_keys = True
         self.loop = object()
@@ -341,6 +344,12 @@ class TwoCores(RuleBasedStateMachine):
         self.both(who, lambda core: core.make(number, scope, limit, choice))
         self.enter_again(who, number)
         self.keys[who].add((scope, limit, choice))
+        self.last[who] = scope, limit, choice
+
+    @rule(who=WHO)
+    def enter_what_it_entered_last(self, who: str) -> None:
+        if who in self.last:
+            self.enter(who, *self.last[who])
 
     @rule(who=WHO, number=ANY)
     def enter_again(self, who: str, number: int) -> None:

@@ -42,7 +42,7 @@ class Armed:
         return f"Armed({self.index}, {self.entry}, {self.deadline})"
 
     @property
-    def block(self) -> tuple[int, float] | None:
+    def block(self) -> tuple[int, float]:
         """What stays the same when the deadline moves."""
         return self.index, self.entry
 
@@ -198,18 +198,18 @@ class View:
     def chain(self, slot: Armed) -> list[layout.SlotDetails]:
         """Return the details of a block and of the open blocks around it, innermost first."""
         entered = self.entered(slot)
-        around = [other for other in self._beside(slot) if self.entered(other) <= entered]
+        around = [other for other in self.beside(slot) if self.entered(other) <= entered]
         around.sort(key=self.entered, reverse=True)
         return [self.read_details(one.index) for one in (slot, *around[:_MOST_WITHIN])]
 
     def within(self, slot: Armed) -> list[layout.SlotDetails]:
         """Return the details of the open blocks inside of a block, innermost first."""
         entered = self.entered(slot)
-        inside = [other for other in self._beside(slot) if self.entered(other) > entered]
+        inside = [other for other in self.beside(slot) if self.entered(other) > entered]
         inside.sort(key=self.entered, reverse=True)
         return [self.read_details(one.index) for one in inside[-_MOST_WITHIN:]]
 
-    def _beside(self, slot: Armed) -> list[Armed]:
+    def beside(self, slot: Armed) -> list[Armed]:
         """Return the other open blocks of a block's thread, and of its task if it is in one."""
         who = self._holder(slot)
         return [

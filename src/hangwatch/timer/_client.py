@@ -17,7 +17,7 @@ from hangwatch.policy import NOTHING_CHOSEN, OnExpiry, Policy, decide
 from hangwatch.timer._acquired import Acquired
 from hangwatch.timer._built_in_client import BuiltInClient
 from hangwatch.timer._overrides import is_overridden, remember
-from hangwatch.timer._replacing import Open, ReplacingBlock
+from hangwatch.timer._replacing import Replaced, replace_outer
 from hangwatch.timer._requested import Requested, RequestedBlock
 from hangwatch.worker.arguments import NOTHING_ASKED, Asked, name_of
 from hangwatch.worker.client import WorkerClient
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hangwatch.worker.blocks import Other
     from hangwatch.worker.core import Expiration
 
-_OF_THIS_PROCESS = ("_requested", "_acquired", "_worker", "_warned", "_open")
+_OF_THIS_PROCESS = ("_requested", "_acquired", "_worker", "_warned", "_replaced")
 
 
 @remember("acquire", "release")
@@ -41,13 +41,13 @@ class DropInClient(BuiltInClient):
         self._acquired = Acquired()
         self._worker: WorkerClient | None = None
         self._warned = False
-        self._open: Open = {}
+        self._replaced: Replaced = {}
         _clients.add(self)
 
     def _forget_parent(self) -> None:
         """In a forked child: forget the parent's timers and requests, they are not ours."""
         self._requested.forget()
-        self._open = {}
+        self._replaced = {}
 
     def __getstate__(self) -> dict[str, object]:
         return {name: at for name, at in vars(self).items() if name not in _OF_THIS_PROCESS}
@@ -119,10 +119,8 @@ class DropInClient(BuiltInClient):
         if worker is None or self._requested.holds(name):
             self._say_what_is_lost(asked)
             return RequestedBlock(self._requested, name, asked, block.after)
-        other = worker.begin(block, self._as_in_page(asked), quiet=False)
-        if other is not None or block.place is None:
-            return other
-        return ReplacingBlock(self._open, worker.page, block, name)
+        other = worker.begin(block, self._as_in_page(asked), nests=False)
+        return other or replace_outer(self._replaced, worker.page, block)
 
     def _as_in_page(self, asked: Asked) -> Asked:
         """Return what a block asks for, and its client."""

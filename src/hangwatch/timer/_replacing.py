@@ -7,59 +7,69 @@ else blocks of one scope are independent of each other.
 from __future__ import annotations
 
 from hangwatch.page import layout
-from hangwatch.timer._acquired import Holder, holder
 from hangwatch.worker.blocks import SlotTimer
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:
+    from hangwatch.page.view import Armed
     from hangwatch.worker.core import Expiration
     from hangwatch.worker.own_page import OwnPage
 
-Open = dict[tuple[Holder, str], list["ReplacingBlock"]]
-"""By thread or task, and by scope: the open blocks, outermost first."""
+Replaced = dict[tuple[int, float], float]
+"""By slot and entry: the seconds that a block gets when the blocks in it have ended."""
+
+
+def replace_outer(replaced: Replaced, page: OwnPage, block: Expiration) -> ReplacingBlock | None:
+    """Let a block's timer replace that of the block around it, if there is one of its scope.
+
+    Args:
+        replaced: the timers of this client that were replaced.
+        page: where the block was just armed.
+        block: the block.
+    """
+    if block.place is None:
+        return None
+    _, index, entry = block.place
+    replacing = ReplacingBlock(replaced, page, index, entry)
+    return replacing if replacing.replace_outer() else None
 
 
 class ReplacingBlock(SlotTimer):
-    """A block that is armed, and replaces the timer of the one around it; see `blocks.Other`.
+    """A block whose timer has replaced that of the block around it; see `blocks.Other`."""
 
-    Args:
-        open_blocks: those of one client.
-        page: where the block's slot is.
-        block: the block, armed.
-        name: its scope.
-    """
+    def __init__(self, replaced: Replaced, page: OwnPage, index: int, entry: float) -> None:
+        super().__init__(page, index, entry)
+        self._replaced = replaced
 
-    def __init__(self, open_blocks: Open, page: OwnPage, block: Expiration, name: str) -> None:
-        assert block.place is not None
-        super().__init__(page, *block.place[1:])
-        self._interval: float | None = None
-        self._open = open_blocks
-        self._key = holder(), name
-        around = open_blocks.setdefault(self._key, [])
-        if around:
-            around[-1].suspend()
-        around.append(self)
+    def replace_outer(self) -> bool:
+        """Let the outer block go on without a deadline; return whether there is one."""
+        outer, view = self._outer(), self.page.view
+        if outer is None:
+            return False
+        for place in list(self._replaced):
+            if view.open_block(*place) is None:  # it ended before the block in it
+                self._replaced.pop(place, None)
+        if outer.deadline < layout.NEVER:  # else it was cancelled, and stays so
+            interval = view.interval(outer)
+            self._replaced[outer.block] = interval
+            SlotTimer(self.page, *outer.block).begin_interval(layout.NEVER, interval)
+        return True
 
     def exit(self, kind: object, error: object, traceback: object) -> None:
         """Give the outer block its own time anew."""
-        around = self._open.get(self._key, [])
-        if self in around:
-            was_innermost = around[-1] is self
-            around.remove(self)
-            if not around:
-                self._open.pop(self._key, None)
-            elif was_innermost:
-                around[-1].resume()
+        outer = self._outer()
+        if outer is not None and outer.block in self._replaced:
+            SlotTimer(self.page, *outer.block).renew(self._replaced.pop(outer.block))
 
-    def suspend(self) -> None:
-        """Let it go on without a deadline, unless it was cancelled, and stays so."""
-        armed = self.armed()
-        if armed is not None and armed.deadline < layout.NEVER:
-            self._interval = self.page.view.interval(armed)
-            self.begin_interval(layout.NEVER, self._interval)
-
-    def resume(self) -> None:
-        """Give it its own time anew, if it was suspended."""
-        interval, self._interval = self._interval, None
-        if interval is not None:
-            self.renew(interval)
+    def _outer(self) -> Armed | None:
+        """Return the innermost other open block of the same scope, thread and task."""
+        mine, view = self.armed(), self.page.view
+        if mine is None:
+            return None
+        scope = view.read_details(mine.index).scope
+        of_scope = [
+            other
+            for other in view.beside(mine)
+            if view.read_details(other.index).scope == scope and not view.is_pause(other.index)
+        ]
+        return max(of_scope, key=view.entered, default=None)

@@ -46,7 +46,7 @@ typedef struct Key {
     What what;
     Slots *slots;
     struct Slot *free;
-    int quiet, known;
+    int quiet, nests, known;
     long users; /* open blocks, and calls that arm one: only then it stays once it is not known */
     struct Key *next;
 } Key;
@@ -216,6 +216,16 @@ static Key *find_key(Thread *thread, What *what) {
     Key *key = thread->table[what->hash & (BUCKETS - 1)];
     while (key && !is_same(&key->what, what)) key = key->next;
     return key;
+}
+
+/* Whether a thread may be in a block of that name. Of places, the hooks know what line they are. */
+static int is_within(Thread *thread, What *what) {
+    for (Slot *slot = thread->newest; slot; slot = slot->older) {
+        What *around = &slot->key->what;
+        if ((around->lasti < 0) != (what->lasti < 0)) continue;
+        if (what->lasti >= 0 || PyUnicode_Compare(around->scope, what->scope) == 0) return 1;
+    }
+    return 0;
 }
 
 static Key *new_key(Thread *thread, What *what, Slots *slots) {
@@ -475,7 +485,9 @@ static PyObject *block_enter(Block *block, PyObject *Py_UNUSED(none)) {
     if (!thread) return NULL;
     double task = current_task(state, thread);
     Key *key = find_key(thread, &block->what);
-    Slot *slot = key && key->quiet ? take(&key->free) : NULL;
+    Slot *slot = NULL;
+    if (key && key->quiet && (key->nests || !is_within(thread, &block->what)))
+        slot = take(&key->free);
     if (slot) return arm(block, slot, thread, task) < 0 ? NULL : Py_NewRef((PyObject *)block);
 
     block->entered = 1;
@@ -627,8 +639,9 @@ static PyObject *slots_arm(Slots *slots, PyObject *args) {
     Block *block;
     PyObject *details;
     double task;
-    int quiet;
-    if (!PyArg_ParseTuple(args, "O!Odp:arm", state->block_type, &block, &details, &task, &quiet))
+    int quiet, nests;
+    if (!PyArg_ParseTuple(args, "O!Odpp:arm", state->block_type, &block, &details, &task, &quiet,
+                          &nests))
         return NULL;
     if (block->slot) return PyObject_CallMethod(state->hooks, "refuse_again", NULL);
     check_fork(state);
@@ -642,6 +655,7 @@ static PyObject *slots_arm(Slots *slots, PyObject *args) {
         if (!key) return NULL;
     }
     key->quiet = quiet;
+    key->nests = nests;
     key->users++;
     Slot *slot = key->free ? take(&key->free) : give(key, details);
     int failed = slot ? arm(block, slot, thread, task) < 0 : PyErr_Occurred() != NULL;

@@ -80,7 +80,13 @@ class WorkerClient:
         return self._page
 
     def begin(
-        self, block: Expiration, asked: Asked, *, quiet: bool = True, alone: bool = False
+        self,
+        block: Expiration,
+        asked: Asked,
+        *,
+        quiet: bool = True,
+        nests: bool = True,
+        alone: bool = False,
     ) -> Other | None:
         """Arm a block's timer, see `blocks.Transport`; never fails for want of a watcher.
 
@@ -88,6 +94,7 @@ class WorkerClient:
             block: the block.
             asked: what its caller chose.
             quiet: whether its thread may enter such a block again without asking.
+            nests: whether it may, too, within a block of the same scope.
             alone: whether it has nothing to do with its thread's other blocks: a call's timer.
         """
         if self.address == OFF:
@@ -104,7 +111,7 @@ class WorkerClient:
 
         def arm() -> bool:
             details = partial(details_of, block, asked)
-            armed = bool(page.slots.arm(block, details, task, quiet))
+            armed = bool(page.slots.arm(block, details, task, quiet, nests))
             if armed and raises and block.place is not None:
                 soft_ending.note(page, block.place, name_of(block), asked.raises)
             return armed
@@ -273,7 +280,7 @@ def _arm_unwatched(block: Expiration) -> Other | None:
             _void = core.Slots(memory, None, layout.CAPACITY)
         except OSError:
             return UNWATCHED
-    armed = _void.arm(block, layout.no_details, 0.0, True)
+    armed = _void.arm(block, layout.no_details, 0.0, True, True)
     return None if armed else UNWATCHED
 
 

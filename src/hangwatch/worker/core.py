@@ -86,16 +86,18 @@ class _Key:
         slots: of the page where such blocks are armed.
         keeps: what the key tells by its identity; nothing else may get that while it lives.
         quiet: whether its blocks are entered without asking the hooks.
+        nests: whether they are, too, within a block of the same scope.
         known: whether its thread still has it.
         free: its slots that no block has.
     """
 
-    __slots__ = ("free", "keeps", "known", "quiet", "slots")
+    __slots__ = ("free", "keeps", "known", "nests", "quiet", "slots")
 
     def __init__(self, slots: Slots, keeps: object) -> None:
         self.slots = slots
         self.keeps = keeps
         self.quiet = False
+        self.nests = True
         self.known = True
         self.free: list[Slot] = []
 
@@ -212,7 +214,12 @@ class Slots:
         _pages[id(self)] = self
 
     def arm(
-        self, block: Expiration, details: Callable[[], bytes], task: float, quiet: bool
+        self,
+        block: Expiration,
+        details: Callable[[], bytes],
+        task: float,
+        quiet: bool,
+        nests: bool,
     ) -> bool:
         """Arm a slot for a block that is being entered.
 
@@ -221,6 +228,7 @@ class Slots:
             details: returns what a new slot says besides; see `layout.pack_details`.
             task: which task of an event loop enters it; 0.0: none.
             quiet: whether the thread may enter this key again without asking.
+            nests: whether it may, too, within a block of the same scope.
 
         Returns:
             False if no slot is left.
@@ -236,6 +244,7 @@ class Slots:
                 keys.forget()
             key = keys[block._key] = _Key(self, (block.scope, block.asked))
         key.quiet = quiet
+        key.nests = nests
         slot = key.take() or self._give(key, details())
         if slot is None:
             return False
@@ -324,7 +333,9 @@ class Expiration:
         key = _thread.keys.get(self._key)
         # `take` has the except clause: CPython 3.11 keeps an exception, and with it the frame, if
         # a trace function raises where its handling ends (tests/property/test_storm.py).
-        slot = key.take() if key is not None and key.quiet else None
+        slot = None
+        if key is not None and key.quiet and (key.nests or not self._is_within_its_scope()):
+            slot = key.take()
         if slot is not None:
             self._arm(slot, task)
             return self
@@ -417,6 +428,16 @@ class Expiration:
             self._disarm()
             self._entered = False
             raise
+
+    def _is_within_its_scope(self) -> bool:
+        """Tell whether the thread may be in a block of the same name already."""
+        for slot in list(_thread.open):
+            around = slot.end() if slot.end is not None else None
+            if around is not None and (around.lasti < 0) == (self.lasti < 0):
+                # Of places, the hooks know which line they are.
+                if self.lasti >= 0 or around.scope == self.scope:
+                    return True
+        return False
 
     def _set_deadline(self, slot: Slot) -> None:
         """Have the block's time begin now, and the watcher know of it."""
