@@ -25,12 +25,9 @@ enum { DEADLINE = 0, ENTRY = 2, LIMIT = 3, IDENT = 4, TASK = 7, SKIPPED_ENTRY = 
 #define GENERATION 4294967296.0 /* 2**32 */
 #define GENERATIONS 1048576.0   /* 2**20 */
 enum { DETAILS_BYTES = SLOT_BYTES - LIMIT * 8, BUCKETS = 64, MOST_KEYS = 64 };
-#define CAPSULE "hangwatch.thread"
 
 typedef _Atomic double Word;
-typedef struct State State;
-typedef struct Thread Thread;
-typedef struct Slots Slots;
+typedef struct State State; typedef struct Thread Thread; typedef struct Slots Slots;
 
 /* What a block is to its thread. */
 typedef struct {
@@ -40,7 +37,6 @@ typedef struct {
     int lasti;       /* of that call; -1 if the scope has a name */
     Py_hash_t hash;
 } What;
-
 /* core._Key. */
 typedef struct Key {
     What what;
@@ -50,7 +46,6 @@ typedef struct Key {
     long users; /* open blocks, and calls that arm one: only then it stays once it is not known */
     struct Key *next;
 } Key;
-
 /* core.Slot. */
 typedef struct Slot {
     Word *words;
@@ -60,7 +55,6 @@ typedef struct Slot {
     struct Slot *next;          /* in a list of free ones */
     struct Slot *older, *newer; /* in its thread's list of open ones, in order of entry */
 } Slot;
-
 /* core._Thread. */
 struct Thread {
     State *state;
@@ -70,7 +64,6 @@ struct Thread {
     PyObject *loop_holder, *loop; /* see running_loop */
     Thread *next;
 };
-
 /* core.Slots. */
 struct Slots {
     PyObject_HEAD
@@ -84,7 +77,6 @@ struct Slots {
     Py_ssize_t capacity, given_out;
     Slot rows[];
 };
-
 /* core.Expiration. */
 typedef struct {
     PyObject_HEAD
@@ -95,7 +87,6 @@ typedef struct {
     char entered;
     char awaited; /* by `async with`, next: 1, its __aenter__; 2, its __aexit__ */
 } Block;
-
 /* One interpreter's. */
 struct State {
     PyTypeObject *block_type, *slots_type;
@@ -103,22 +94,17 @@ struct State {
     PyObject *running_loop, *tasks;
     PyObject *lasti_name, *after_name, *scope_name, *loop_name;
     volatile char *token; /* 1; the kernel makes it 0 in every forked child */
-    long forks;
-    int ended;
+    long forks, ended;
     Slots *pages;
     Thread *threads;
 };
 
 static _Thread_local Thread *this_thread;
-
 static State *state_of(PyObject *module) { return *(State **)PyModule_GetState(module); }
-
 static inline double load(Word *word) { return atomic_load_explicit(word, memory_order_relaxed); }
-
 static inline void store(Word *word, double value) {
     atomic_store_explicit(word, value, memory_order_release);
 }
-
 static inline double monotonic(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -132,18 +118,15 @@ static Slot *take(Slot **list) {
     if (slot) *list = slot->next;
     return slot;
 }
-
 static void put(Slot **list, Slot *slot) {
     slot->next = *list;
     *list = slot;
 }
-
 static void give_back(Slot *slot) {
     store(slot->words + IDENT, 0.0); /* the thread's name is nobody's from here on */
     put(&slot->key->slots->free, slot);
     slot->key = NULL;
 }
-
 /* May run code of others. */
 static void free_key(Key *key) {
     Py_DECREF(key->what.scope);
@@ -151,17 +134,12 @@ static void free_key(Key *key) {
     Py_DECREF((PyObject *)key->slots);
     PyMem_Free(key);
 }
-
-static void release(Key *key) {
-    if (--key->users == 0 && !key->known) free_key(key);
-}
-
+static void release(Key *key) { if (--key->users == 0 && !key->known) free_key(key); }
 /* Have one thread ask at its next blocks, or all (NULL). */
 static void forget_keys(State *state, Thread *only) {
     Key *gone = NULL, *key;
     for (Thread *thread = state->threads; thread; thread = thread->next) {
-        if (only && only != thread) continue;
-        for (int i = 0; i < BUCKETS; i++) {
+        for (int i = 0; i < BUCKETS && (!only || only == thread); i++) {
             while ((key = thread->table[i])) {
                 thread->table[i] = key->next;
                 thread->keys--;
@@ -179,7 +157,6 @@ static void forget_keys(State *state, Thread *only) {
         free_key(key);
     }
 }
-
 /* The first look of a forked child, whoever forked it: the pages are its own from here on. */
 static void __attribute__((noinline)) forget_parent(State *state) {
     for (Slots *slots = state->pages; slots; slots = slots->next) {
@@ -191,11 +168,9 @@ static void __attribute__((noinline)) forget_parent(State *state) {
     *state->token = 1;
     forget_keys(state, NULL);
 }
-
 static inline void check_fork(State *state) {
     if (__builtin_expect(!*state->token, 0)) forget_parent(state);
 }
-
 /* By identity where there is no name, so that no code of others runs. */
 static int is_same(What *one, What *other) {
     if (one->hash != other->hash || one->lasti != other->lasti || one->after != other->after)
@@ -203,21 +178,16 @@ static int is_same(What *one, What *other) {
     if (one->scope != other->scope &&
         (one->lasti >= 0 || PyUnicode_Compare(one->scope, other->scope) != 0))
         return 0;
-    if (one->asked == other->asked) return 1;
-    if (!one->asked || !other->asked) return 0;
-    Py_ssize_t size = PyTuple_Size(one->asked);
-    if (PyTuple_Size(other->asked) != size) return 0;
-    for (Py_ssize_t i = 0; i < size; i++)
+    if (!one->asked || !other->asked) return one->asked == other->asked;
+    for (Py_ssize_t i = 0; i < PyTuple_Size(one->asked); i++) /* they are as long */
         if (PyTuple_GetItem(one->asked, i) != PyTuple_GetItem(other->asked, i)) return 0;
     return 1;
 }
-
 static Key *find_key(Thread *thread, What *what) {
     Key *key = thread->table[what->hash & (BUCKETS - 1)];
     while (key && !is_same(&key->what, what)) key = key->next;
     return key;
 }
-
 /* Whether a thread may be in a block of that name. Of places, the hooks know what line they are. */
 static int is_within(Thread *thread, What *what) {
     for (Slot *slot = thread->newest; slot; slot = slot->older) {
@@ -232,12 +202,9 @@ static Key *new_key(Thread *thread, What *what, Slots *slots) {
     Key *key = PyMem_Calloc(1, sizeof *key);
     if (!key) return (Key *)PyErr_NoMemory();
     Key **at = &thread->table[what->hash & (BUCKETS - 1)];
-    key->what = *what;
+    *key = (Key){*what, (Slots *)Py_NewRef((PyObject *)slots), .known = 1, .next = *at};
     Py_INCREF(what->scope);
     Py_XINCREF(what->asked);
-    key->slots = (Slots *)Py_NewRef((PyObject *)slots);
-    key->known = 1;
-    key->next = *at;
     *at = key;
     thread->keys++;
     return key;
@@ -246,15 +213,12 @@ static Key *new_key(Thread *thread, What *what, Slots *slots) {
 /* ---- threads */
 
 static void thread_ends(PyObject *capsule) {
-    Thread *thread = PyCapsule_GetPointer(capsule, CAPSULE);
+    Thread *thread = PyCapsule_GetPointer(capsule, "hangwatch.thread");
     State *state = thread->state;
     if (this_thread == thread) this_thread = NULL;
     check_fork(state);
-    for (Slot *slot; (slot = thread->newest);) {
+    for (Slot *slot; (slot = thread->newest); slot->thread = NULL, slot->older = slot->newer = NULL)
         thread->newest = slot->older;
-        slot->thread = NULL;
-        slot->older = slot->newer = NULL;
-    }
     forget_keys(state, thread);
     Thread **at = &state->threads;
     while (*at != thread) at = &(*at)->next;
@@ -262,23 +226,21 @@ static void thread_ends(PyObject *capsule) {
     Py_XDECREF(thread->loop_holder);
     PyMem_Free(thread);
 }
-
 static Thread *thread_of(State *state) {
     if (__builtin_expect(this_thread && this_thread->state == state, 1)) return this_thread;
     PyObject *dict = PyThreadState_GetDict(), *name = (PyObject *)state->block_type;
     PyObject *capsule = dict ? PyDict_GetItem(dict, name) : NULL; /* this interpreter's, ours */
-    if (capsule) return this_thread = PyCapsule_GetPointer(capsule, CAPSULE);
+    if (capsule) return this_thread = PyCapsule_GetPointer(capsule, "hangwatch.thread");
     Thread *thread = dict ? PyMem_Calloc(1, sizeof *thread) : NULL;
     if (!thread) return (Thread *)PyErr_NoMemory();
     thread->state = state;
     thread->next = state->threads;
     state->threads = thread;
-    capsule = PyCapsule_New(thread, CAPSULE, thread_ends);
-    int failed = !capsule || PyDict_SetItem(dict, name, capsule) < 0;
+    capsule = PyCapsule_New(thread, "hangwatch.thread", thread_ends);
+    if (capsule && PyDict_SetItem(dict, name, capsule) == 0) this_thread = thread;
     Py_XDECREF(capsule);
-    return failed ? NULL : (this_thread = thread);
+    return this_thread == thread ? thread : NULL;
 }
-
 /* Borrowed. To ask asyncio for the loop is a system call in CPython 3.11, so up to 3.12 a
  * thread asks once for what asyncio keeps in its dict, which holds the loop. */
 static PyObject *running_loop(State *state, Thread *thread) {
@@ -291,19 +253,13 @@ static PyObject *running_loop(State *state, Thread *thread) {
         if (!holder || holder == Py_None) return Py_None;
         if (holder == thread->loop_holder) return thread->loop;
     }
-    PyObject *loop = PyObject_CallNoArgs(state->running_loop);
-    if (!loop) {
-        PyErr_Clear();
-        return Py_None;
-    }
-    PyObject *before = thread->loop_holder;
+    PyObject *loop = PyObject_CallNoArgs(state->running_loop), *before = thread->loop_holder;
+    if (!loop) return PyErr_Clear(), Py_None;
     thread->loop_holder = Py_XNewRef(holder);
-    thread->loop = loop;
-    Py_DECREF(loop); /* it runs */
+    Py_DECREF(thread->loop = loop); /* it runs */
     Py_XDECREF(before); /* last: it may run code of others */
     return loop;
 }
-
 /* Which task of asyncio's runs, as core.py has it. */
 static double current_task(State *state, Thread *thread) {
     PyObject *loop = running_loop(state, thread), *task;
@@ -344,15 +300,13 @@ static int set_deadline(Block *block) {
     PyErr_Clear(); /* what rings may be gone */
     return 0;
 }
-
 /* What was entered later and is open still was skipped, if nothing switches within a thread. */
 static void __attribute__((noinline)) note_skipped(State *state, Slot *slot) {
     PyObject *kind, *value, *traceback;
     PyErr_Fetch(&kind, &value, &traceback);
     PyObject *switches = PyObject_CallMethod(state->hooks, "switches_within_a_thread", NULL);
-    if (switches == Py_False)
-        while ((slot = slot->newer))
-            if (slot->task == 0.0) store(slot->words + SKIPPED_ENTRY, slot->entry);
+    while (switches == Py_False && (slot = slot->newer))
+        if (slot->task == 0.0) store(slot->words + SKIPPED_ENTRY, slot->entry);
     Py_XDECREF(switches);
     PyErr_Clear();
     PyErr_Restore(kind, value, traceback);
@@ -372,8 +326,7 @@ static void disarm(Block *block, int left) {
     else if (slot->thread) slot->thread->newest = slot->older;
     slot->thread = NULL;
     Key *key = slot->key;
-    if (key->known) put(&key->free, slot);
-    else give_back(slot);
+    key->known ? put(&key->free, slot) : give_back(slot);
     release(key);
 }
 
@@ -383,8 +336,7 @@ static int arm(Block *block, Slot *slot, Thread *thread, double task) {
     block->entered = 1;
     slot->thread = thread;
     slot->newer = NULL;
-    slot->older = thread->newest;
-    if (slot->older) slot->older->newer = slot;
+    if ((slot->older = thread->newest)) slot->older->newer = slot;
     thread->newest = slot;
     if (slot->task != task) store(slot->words + TASK, slot->task = task);
     store(slot->words + ENTRY, slot->entry += 1.0);
@@ -410,15 +362,13 @@ static PyObject *new_block(State *state, double after, PyObject *scope, int last
     return (PyObject *)block;
 }
 
-static PyObject *block_of(PyObject *module, PyObject *const *args, Py_ssize_t n) {
-    if (n != 4) return PyErr_Format(PyExc_TypeError, "block takes four arguments");
-    double after = PyFloat_AsDouble(args[0]);
-    long lasti = PyLong_AsLong(args[2]);
-    if (PyErr_Occurred()) return NULL;
-    PyObject *asked = args[3] == Py_None ? NULL : args[3];
-    return new_block(state_of(module), after, args[1], (int)lasti, asked);
+static PyObject *block_of(PyObject *module, PyObject *args) {
+    double after;
+    PyObject *scope, *asked;
+    int lasti;
+    if (!PyArg_ParseTuple(args, "dOiO:block", &after, &scope, &lasti, &asked)) return NULL;
+    return new_block(state_of(module), after, scope, lasti, asked == Py_None ? NULL : asked);
 }
-
 /* Have Python look at the arguments of `expires`. */
 static PyObject *declare(State *state, PyObject *const *args, Py_ssize_t n, PyObject *names) {
     PyObject *function = PyObject_GetAttrString(state->hooks, "declare"), *result = NULL;
@@ -432,7 +382,6 @@ static PyObject *declare(State *state, PyObject *const *args, Py_ssize_t n, PyOb
     Py_XDECREF(named);
     return result;
 }
-
 /* Whatever is not plain, or wrong, goes to `declare`. */
 static PyObject *expires(PyObject *module, PyObject *const *args, Py_ssize_t n, PyObject *names) {
     State *state = state_of(module);
@@ -449,13 +398,11 @@ static PyObject *expires(PyObject *module, PyObject *const *args, Py_ssize_t n, 
     double seconds = 0.0;
     if (is_plain && after && (PyFloat_CheckExact(after) || PyLong_CheckExact(after)))
         seconds = PyFloat_AsDouble(after);
-    is_plain = seconds > 0.0 && seconds < INFINITY;
-    if (is_plain && scope) is_plain = PyUnicode_CheckExact(scope) && PyUnicode_GetLength(scope) > 0;
+    is_plain = seconds > 0.0 && seconds < INFINITY &&
+               (!scope || (PyUnicode_CheckExact(scope) && PyUnicode_GetLength(scope) > 0));
     PyFrameObject *frame = is_plain && !scope ? PyEval_GetFrame() : NULL;
-    if (!is_plain || (!scope && !frame)) {
-        PyErr_Clear(); /* of an integer that is too large for a double */
-        return declare(state, args, n, names);
-    }
+    if (!is_plain || (!scope && !frame)) /* first, of an integer that is too large for a double: */
+        return PyErr_Clear(), declare(state, args, n, names);
     if (scope) return new_block(state, seconds, scope, -1, NULL);
     PyObject *lasti = PyObject_GetAttr((PyObject *)frame, state->lasti_name);
     if (!lasti) return NULL;
@@ -465,7 +412,6 @@ static PyObject *expires(PyObject *module, PyObject *const *args, Py_ssize_t n, 
     Py_DECREF(lasti);
     return block;
 }
-
 static void block_dealloc(Block *block) {
     PyTypeObject *type = Py_TYPE((PyObject *)block);
     Py_CLEAR(block->other); /* first: what ends with it may move deadlines */
@@ -492,16 +438,15 @@ static PyObject *block_enter(Block *block, PyObject *Py_UNUSED(none)) {
 
     block->entered = 1;
     PyObject *other = PyObject_CallMethod(state->hooks, "enter", "O", block);
-    if (!other) {
-        disarm(block, 0);
-        block->entered = 0;
-        return NULL;
+    if (other) {
+        if (other != Py_None) block->other = Py_NewRef(other);
+        Py_DECREF(other);
+        return Py_NewRef((PyObject *)block);
     }
-    if (other == Py_None) Py_DECREF(other);
-    else block->other = other;
-    return Py_NewRef((PyObject *)block);
+    disarm(block, 0);
+    block->entered = 0;
+    return NULL;
 }
-
 static PyObject *block_exit(Block *block, PyObject *const *args, Py_ssize_t n) {
     PyObject *other = block->other, *result = Py_NewRef(Py_None);
     if (other) {
@@ -514,33 +459,28 @@ static PyObject *block_exit(Block *block, PyObject *const *args, Py_ssize_t n) {
     Py_XDECREF(other);
     return result;
 }
-
 static PyObject *block_aenter(Block *block, PyObject *none) {
     PyObject *entered = block_enter(block, none);
     if (entered) block->awaited = 1;
     return entered;
 }
-
 static PyObject *block_aexit(Block *block, PyObject *const *args, Py_ssize_t n) {
     PyObject *result = block_exit(block, args, n);
     Py_XDECREF(result);
     block->awaited = 2;
     return result ? Py_NewRef((PyObject *)block) : NULL;
 }
-
 /* `async with` awaits what these return: the block itself, which is ready at once. */
 static PyObject *block_await(Block *block) {
     if (block->awaited) return Py_NewRef((PyObject *)block);
     PyErr_SetString(PyExc_TypeError, "a block can't be awaited: use 'async with'");
     return NULL;
 }
-
 static PyObject *block_next(Block *block) {
     if (block->awaited == 1) PyErr_SetObject(PyExc_StopIteration, (PyObject *)block);
     block->awaited = 0;
     return NULL; /* without an error: what was awaited gives None */
 }
-
 static PyObject *block_renew(Block *block, PyObject *args, PyObject *named) {
     static char *names[] = {"after", NULL};
     PyObject *after = Py_None;
@@ -561,7 +501,6 @@ static PyObject *block_renew(Block *block, PyObject *args, PyObject *named) {
     store(words + SKIPPED_ENTRY, 0.0);
     return set_deadline(block) < 0 ? NULL : Py_NewRef(Py_None);
 }
-
 static PyObject *get_place(Block *block, void *Py_UNUSED(closure)) {
     check_fork(block->state);
     Slot *slot = block->slot;
@@ -580,22 +519,18 @@ static PyObject *new_slots(PyObject *module, PyObject *args) {
     Slots *slots = PyObject_Calloc(1, sizeof *slots + (size_t)capacity * sizeof *slots->rows);
     if (!slots) return PyErr_NoMemory();
     PyObject_Init((PyObject *)slots, state->slots_type);
-    slots->state = state;
+    slots->state = state, slots->capacity = capacity;
     slots->ring = Py_NewRef(ring);
-    slots->capacity = capacity;
-    if (PyObject_GetBuffer(mapped, &slots->memory, PyBUF_WRITABLE) < 0) {
-        Py_DECREF((PyObject *)slots);
-        return NULL;
-    }
+    if (PyObject_GetBuffer(mapped, &slots->memory, PyBUF_WRITABLE) < 0)
+        return Py_DECREF((PyObject *)slots), NULL;
     slots->words = slots->memory.buf;
     slots->next = state->pages;
     state->pages = slots;
     return (PyObject *)slots;
 }
-
 static void slots_dealloc(Slots *slots) {
     PyTypeObject *type = Py_TYPE((PyObject *)slots);
-    Slots **at = &slots->state->pages;
+    Slots **at = &slots->state->pages; /* it isn't there where its making has failed */
     while (*at && *at != slots) at = &(*at)->next;
     if (*at) *at = slots->next;
     Py_XDECREF(slots->ring);
@@ -603,7 +538,6 @@ static void slots_dealloc(Slots *slots) {
     PyObject_Free(slots);
     Py_DECREF((PyObject *)type);
 }
-
 /* Take one that no key has; NULL: none is left, even if all threads forget their keys. */
 static Slot *free_slot(Slots *slots) {
     int is_full = slots->given_out >= slots->capacity;
@@ -614,7 +548,6 @@ static Slot *free_slot(Slots *slots) {
     store(slots->words + SLOTS_IN_USE, (double)slots->given_out);
     return slot;
 }
-
 /* Give a key a slot, its details written; NULL without an error: none is left. */
 static Slot *give(Key *key, PyObject *details) {
     PyObject *bytes = PyObject_CallNoArgs(details);
@@ -643,7 +576,6 @@ static PyObject *slots_arm(Slots *slots, PyObject *args) {
     if (!PyArg_ParseTuple(args, "O!Odpp:arm", state->block_type, &block, &details, &task, &quiet,
                           &nests))
         return NULL;
-    if (block->slot) return PyObject_CallMethod(state->hooks, "refuse_again", NULL);
     check_fork(state);
     if (slots->closed) Py_RETURN_FALSE;
     Thread *thread = thread_of(state);
@@ -667,7 +599,6 @@ static PyObject *slots_arm(Slots *slots, PyObject *args) {
 
 static char expires_doc[4096] = "expires($module, /, after, scope=None, client=None, "
     "on_expiry=None, grace=None, signal=None, raises=None)\n--\n\n"; /* then `use` adds to it */
-
 static PyObject *use(PyObject *module, PyObject *args) {
     const char *text;
     if (!PyArg_ParseTuple(args, "Oz:use", &state_of(module)->hooks, &text)) return NULL;
@@ -675,29 +606,24 @@ static PyObject *use(PyObject *module, PyObject *args) {
     if (text && !strstr(expires_doc, text)) strncat(expires_doc, text, 4095 - strlen(expires_doc));
     Py_RETURN_NONE;
 }
-
 static PyObject *ask_asyncio(PyObject *module, PyObject *args) {
     State *state = state_of(module); /* once */
     if (!PyArg_ParseTuple(args, "OO", &state->running_loop, &state->tasks)) return NULL;
     Py_INCREF(args); /* and with them what it holds */
     Py_RETURN_NONE;
 }
-
 static PyObject *forget_all_keys(PyObject *module, PyObject *Py_UNUSED(none)) {
     forget_keys(state_of(module), NULL);
     Py_RETURN_NONE;
 }
-
 static PyObject *forks(PyObject *module, PyObject *Py_UNUSED(none)) {
     check_fork(state_of(module));
     return PyLong_FromLong(state_of(module)->forks);
 }
-
 static PyObject *register_fence(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none)) {
     /* MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED */
     return PyBool_FromLong(syscall(SYS_membarrier, 1 << 2, 0, 0) == 0);
 }
-
 static PyObject *end(PyObject *module, PyObject *Py_UNUSED(none)) {
     State *state = state_of(module);
     check_fork(state);
@@ -717,12 +643,9 @@ static PyMethodDef block_methods[] = {
     {"__aexit__", CALL(block_aexit), METH_FASTCALL, NULL},
     {"renew", CALL(block_renew), METH_VARARGS | METH_KEYWORDS,
      "renew($self, /, after=None)\n--\n\n"
-     "Give the open block another interval from now on: a heartbeat.\n\n"
-     "Args:\n"
-     "    after: seconds of this interval; by default the block's own.\n\n"
-     "Raises:\n"
-     "    HangwatchError: the block is not open.\n"
-     "    UnsupportedError: the block's client can't do that.\n"
+     "Give the open block another interval from now on: a heartbeat.\n\nArgs:\n"
+     "    after: seconds of this interval; by default the block's own.\n\nRaises:\n"
+     "    HangwatchError: the block is not open.\n    UnsupportedError: its client can't do that.\n"
      "    ValueError, TypeError: `after` is not a positive number."},
     {0}};
 static PyGetSetDef block_fields[] = {{"place", (getter)get_place, NULL, NULL, NULL}, {0}};
@@ -737,7 +660,6 @@ static PyType_Slot block_slots[] = {
     {Py_tp_iternext, block_next}, {0}};
 static PyType_Spec block_spec = {"hangwatch.Expiration", sizeof(Block), 0,
     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, block_slots};
-
 static PyMethodDef slots_methods[] = {{"arm", CALL(slots_arm), METH_VARARGS, NULL}, {0}};
 static PyMemberDef slots_members[] = {{"closed", T_INT, offsetof(Slots, closed), 0, NULL}, {0}};
 static PyType_Slot slots_slots[] = {
@@ -745,24 +667,17 @@ static PyType_Slot slots_slots[] = {
     {Py_tp_members, slots_members}, {0}};
 static PyType_Spec slots_spec = {"hangwatch.worker._core.Slots", sizeof(Slots), 0,
     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots_slots};
-
 static PyMethodDef functions[] = {
     {"expires", CALL(expires), METH_FASTCALL | METH_KEYWORDS, expires_doc},
-    {"block", CALL(block_of), METH_FASTCALL, NULL},
-    {"Slots", new_slots, METH_VARARGS, NULL},
-    {"use", use, METH_VARARGS, NULL},
-    {"ask_asyncio", ask_asyncio, METH_VARARGS, NULL},
-    {"forget_keys", forget_all_keys, METH_NOARGS, NULL},
-    {"forks", forks, METH_NOARGS, NULL},
-    {"register_fence", register_fence, METH_NOARGS, NULL},
-    {"end", end, METH_NOARGS, NULL},
-    {0}};
+    {"block", block_of, METH_VARARGS, NULL}, {"Slots", new_slots, METH_VARARGS, NULL},
+    {"use", use, METH_VARARGS, NULL}, {"ask_asyncio", ask_asyncio, METH_VARARGS, NULL},
+    {"forget_keys", forget_all_keys, METH_NOARGS, NULL}, {"forks", forks, METH_NOARGS, NULL},
+    {"register_fence", register_fence, METH_NOARGS, NULL}, {"end", end, METH_NOARGS, NULL}, {0}};
 
 static int exec(PyObject *module) {
     /* Never freed: blocks may end after the module. */
-    State *state = calloc(1, sizeof *state);
+    State *state = *(State **)PyModule_GetState(module) = calloc(1, sizeof *state);
     if (!state) return PyErr_NoMemory(), -1;
-    *(State **)PyModule_GetState(module) = state;
     state->token = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (state->token == MAP_FAILED || madvise((void *)state->token, 4096, MADV_WIPEONFORK) < 0)
         return PyErr_SetString(PyExc_ImportError, "Linux 4.14 can wipe a page on fork"), -1;
@@ -778,10 +693,8 @@ static int exec(PyObject *module) {
         return -1;
     return PyModule_AddObjectRef(module, "Expiration", (PyObject *)state->block_type);
 }
-
 static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, exec}, {0, NULL}};
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, .m_name = "hangwatch.worker._core", .m_size = sizeof(State *),
     .m_methods = functions, .m_slots = module_slots};
-
 PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&definition); }
