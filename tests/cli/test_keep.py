@@ -134,6 +134,7 @@ def fields(**other: object) -> bytes:
 def test_what_is_no_launcher_s_is_refused_in_words(content: bytes, says: str) -> None:
     with pytest.raises(LaunchError, match=says) as raised:
         startup.read(sealed(content))
+    assert os.get_inheritable(0), "it names standard input, which is ours"
     assert "'hangwatch serve'" in str(raised.value) or "restart" in str(raised.value)
 
 

@@ -107,7 +107,12 @@ def read(descriptor: int) -> Startup:
 def _startup(
     options: dict[str, object], spared_pid: int, lifeline: int, events: int | None
 ) -> Startup:
-    for inherited in (lifeline, lifeline if events is None else events):
-        os.set_inheritable(inherited, False)
     settings = checked_settings(**options)  # type: ignore[arg-type]
-    return Startup(replace(settings, spared_pid=int(spared_pid)), lifeline, events)
+    startup = Startup(replace(settings, spared_pid=int(spared_pid)), lifeline, events)
+    inherited = (lifeline,) if events is None else (lifeline, events)
+    # Last: what is malformed may name a descriptor that is the caller's own.
+    for descriptor in inherited:
+        os.fstat(descriptor)
+    for descriptor in inherited:
+        os.set_inheritable(descriptor, False)
+    return startup
