@@ -22,8 +22,7 @@
 enum { LAYOUT = 3, HEADER_BYTES = 512, SLOT_BYTES = 320, WATCH_UNTIL = 2, SLOTS_IN_USE = 3 };
 enum { DEADLINE = 0, ENTRY = 2, LIMIT = 3, IDENT = 4, TASK = 7, SKIPPED_ENTRY = 8,
        RENEWED_ENTRY = 10, ENTERED = 11, RENEWED_LIMIT = 12, RAISED_ENTRY = 13 };
-#define GENERATION 4294967296.0 /* 2**32 */
-#define GENERATIONS 1048576.0   /* 2**20 */
+static const double GENERATION = 4294967296.0, GENERATIONS = 1048576.0; /* 2**32, 2**20 */
 enum { DETAILS_BYTES = SLOT_BYTES - LIMIT * 8, BUCKETS = 64, MOST_KEYS = 64 };
 
 typedef _Atomic double Word;
@@ -362,12 +361,13 @@ static PyObject *new_block(State *state, double after, PyObject *scope, int last
     return (PyObject *)block;
 }
 
-static PyObject *block_of(PyObject *module, PyObject *args) {
-    double after;
-    PyObject *scope, *asked;
-    int lasti;
-    if (!PyArg_ParseTuple(args, "dOiO:block", &after, &scope, &lasti, &asked)) return NULL;
-    return new_block(state_of(module), after, scope, lasti, asked == Py_None ? NULL : asked);
+static PyObject *block_of(PyObject *module, PyObject *const *args, Py_ssize_t n) {
+    if (n != 4) return PyErr_Format(PyExc_TypeError, "block takes four arguments");
+    double after = PyFloat_AsDouble(args[0]);
+    long lasti = PyLong_AsLong(args[2]);
+    if (PyErr_Occurred()) return NULL;
+    PyObject *asked = args[3] == Py_None ? NULL : args[3];
+    return new_block(state_of(module), after, args[1], (int)lasti, asked);
 }
 /* Have Python look at the arguments of `expires`. */
 static PyObject *declare(State *state, PyObject *const *args, Py_ssize_t n, PyObject *names) {
@@ -482,10 +482,9 @@ static PyObject *block_next(Block *block) {
     return NULL; /* without an error: what was awaited gives None */
 }
 static PyObject *block_renew(Block *block, PyObject *args, PyObject *named) {
-    static char *names[] = {"after", NULL};
     PyObject *after = Py_None;
     if ((named || PyTuple_Size(args)) &&
-        !PyArg_ParseTupleAndKeywords(args, named, "|O:renew", names, &after))
+        !PyArg_ParseTupleAndKeywords(args, named, "|O:renew", (char *[]){"after", NULL}, &after))
         return NULL;
     check_fork(block->state);
     Slot *slot = block->slot;
@@ -551,8 +550,7 @@ static Slot *free_slot(Slots *slots) {
 /* Give a key a slot, its details written; NULL without an error: none is left. */
 static Slot *give(Key *key, PyObject *details) {
     PyObject *bytes = PyObject_CallNoArgs(details);
-    char *text;
-    Py_ssize_t size;
+    char *text; Py_ssize_t size;
     if (!bytes || PyBytes_AsStringAndSize(bytes, &text, &size) < 0) return NULL;
     Slot *slot = size == DETAILS_BYTES ? free_slot(key->slots) : NULL;
     if (slot) {
@@ -669,7 +667,7 @@ static PyType_Spec slots_spec = {"hangwatch.worker._core.Slots", sizeof(Slots), 
     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots_slots};
 static PyMethodDef functions[] = {
     {"expires", CALL(expires), METH_FASTCALL | METH_KEYWORDS, expires_doc},
-    {"block", block_of, METH_VARARGS, NULL}, {"Slots", new_slots, METH_VARARGS, NULL},
+    {"block", CALL(block_of), METH_FASTCALL, NULL}, {"Slots", new_slots, METH_VARARGS, NULL},
     {"use", use, METH_VARARGS, NULL}, {"ask_asyncio", ask_asyncio, METH_VARARGS, NULL},
     {"forget_keys", forget_all_keys, METH_NOARGS, NULL}, {"forks", forks, METH_NOARGS, NULL},
     {"register_fence", register_fence, METH_NOARGS, NULL}, {"end", end, METH_NOARGS, NULL}, {0}};

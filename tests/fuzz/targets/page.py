@@ -173,7 +173,7 @@ def _check_verdict(worker: Watched, slot: Armed) -> None:
     assert all(isfinite(number) for number in numbers)
     assert len(scope["name"]) <= 176
     assert len(scope["thread"]["name"]) <= 24
-    assert len(scope["within"]) < 32
+    assert len(scope["within"]) <= 32
     assert len(scope["enclosing"]) < layout.CAPACITY
     assert 0 <= scope["entry"] <= 2**32
     verdict = Verdict(worker, slot, NOW, known, {}, decide(chosen, DEFAULT), chosen)
