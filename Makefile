@@ -16,6 +16,9 @@ CASE ?= *
 JOBS ?= 1
 VERSIONS ?=
 
+# Or every interpreter that a test starts compiles hangwatch anew, and twelve of pytest the tests.
+unexport PYTHONDONTWRITEBYTECODE
+
 comma := ,
 VENV := .venv
 CHECK := .venv-check
