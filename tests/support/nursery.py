@@ -42,7 +42,7 @@ class Worker:
 
     Attributes:
         pid: its process id; the number is not given to another before `wait` or `poll` has
-            seen its end, as the nursery's acknowledged child.
+            seen its end, or `close` was called.
         stdin, stdout, stderr: our ends of its pipes, as text.
         returncode: its exit status, negative by a signal; None while it runs.
     """
@@ -69,6 +69,9 @@ class Worker:
             if not select.select([self._ended], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(f"worker {self.pid}", timeout)
             (self.returncode,) = _STATUS.unpack(self._ended.recv(_STATUS.size))
+            with contextlib.suppress(OSError):  # the nursery has ended
+                self._ended.shutdown(socket.SHUT_WR)
+                self._ended.recv(1)  # until it has waited for it
         return int(self.returncode)
 
     def communicate(self, text: str | None = None, timeout: float = LIMIT) -> tuple[str, str]:
@@ -140,6 +143,8 @@ class Worker:
             if stream is not None:
                 with contextlib.suppress(OSError):  # what was written and nobody reads
                     stream.close()
+        with contextlib.suppress(OSError):  # it is closed, or the nursery has ended
+            self._ended.shutdown(socket.SHUT_RDWR)  # whoever else was forked and has it
         self._ended.close()
 
 
@@ -256,14 +261,19 @@ def _clean(environment: Mapping[str, str]) -> dict[str, str]:
 def _serve(requests: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """Fork for whoever asks. Returns in a worker, with its request and its descriptors."""
     children: dict[int, tuple[int, socket.socket]] = {}
+    dead: dict[int, tuple[int, socket.socket]] = {}  # nobody has taken note of their end yet
     while True:
-        ready, _, _ = select.select([requests.fileno(), *children], [], [])
+        ready, _, _ = select.select([requests.fileno(), *children, *dead], [], [])
+        for number in set(ready) & dead.keys():
+            pid, ended = dead.pop(number)
+            os.waitpid(pid, 0)
+            ended.close()
         for pidfd in set(ready) & children.keys():
             pid, ended = children.pop(pidfd)
-            _, status = os.waitpid(pid, 0)
-            with ended, contextlib.suppress(OSError):  # nobody may want to know it
-                ended.send(_STATUS.pack(os.waitstatus_to_exitcode(status)))
             os.close(pidfd)
+            dead[ended.fileno()] = pid, ended
+            with contextlib.suppress(OSError):  # nobody may want to know it
+                ended.send(_STATUS.pack(_exit_status(pid)))
         if requests.fileno() not in ready:
             continue
         message, descriptors, _, _ = socket.recv_fds(requests, _MOST_BYTES, 1 + _STANDARD)
@@ -273,8 +283,9 @@ def _serve(requests: socket.socket) -> tuple[dict[str, Any], list[int]]:
             sys.exit()
         pid = os.fork()
         if pid == 0:
-            for pidfd, (_, ended) in children.items():
+            for pidfd in children:
                 os.close(pidfd)
+            for _, ended in (*children.values(), *dead.values()):
                 ended.close()
             requests.close()
             os.close(descriptors[0])
@@ -283,6 +294,13 @@ def _serve(requests: socket.socket) -> tuple[dict[str, Any], list[int]]:
         for descriptor in descriptors[1:]:
             os.close(descriptor)
         requests.send(b"%d" % pid)
+
+
+def _exit_status(pid: int) -> int:
+    """Return the exit status of a child that has ended, without waiting for it."""
+    end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert end is not None
+    return end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
 
 
 def _become(request: dict[str, Any], descriptors: list[int]) -> types.CodeType:
