@@ -247,11 +247,14 @@ class Traffic:
 
     def _with_a_child(self, how: Callable[[], None]) -> Callable[[], None]:
         def hang() -> None:
-            child = subprocess.Popen(["sleep", "1000"])
-            self.log.write("spawned", pid=child.pid)
+            # By the child itself: we may be killed at any moment.
+            subprocess.Popen(["sleep", "1000"], preexec_fn=self._note_that_we_are_spawned)
             how()
 
         return hang
+
+    def _note_that_we_are_spawned(self) -> None:
+        self.log.write("spawned", pid=os.getpid())
 
     def raised(self) -> None:
         """A block that is ended from inside, unless it is stuck in C."""

@@ -192,10 +192,15 @@ class Checker:
         """A child that was no worker, or not yet one again, dies with the worker that forked it."""
         is_worker = life.watched and life.executing == inf
         return not is_worker and any(
-            self.killed(parent) and abs(parent.ended - life.ended) <= _WITH_PARENT
+            self.killed(parent) and self._together(parent, life)
             for parent in self._history.lives
             if life.pid in parent.forked
         )
+
+    def _together(self, one: Life, other: Life) -> bool:
+        """Tell whether two lives ended about the same time."""
+        first, last = sorted((one.ended, other.ended))
+        return last - first <= _WITH_PARENT + self._costs(first, last)
 
     def _stood_still(self, life: Life) -> list[str]:
         """Nobody is kept waiting by another one's death."""
