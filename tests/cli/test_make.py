@@ -91,6 +91,7 @@ print("1 ok, 0 FAIL, 1 skipped")
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)  # it makes an environment
 def test_make_cases_runs_each_version_s_interpreter(tmp_path: Path) -> None:
     (tmp_path / "run-cases").write_text(RUN_CASES)
     result = run(sys.executable, "-m", "cases", tmp_path, "--python", "3.11")

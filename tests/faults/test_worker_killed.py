@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 
+from support.nursery import LIMIT
 from support.processes import open_files
 from support.sizes import Size, short_and_long
 from support.watchers import StartWatcher, wait_until
@@ -65,6 +66,7 @@ with hangwatch.expires(after=0.3, scope="at last"):
 """
 
 
+@pytest.mark.timeout(900)
 @short_and_long
 @pytest.mark.parametrize("kind", ["connect", "arm"])
 def test_a_worker_dies_at_each_step(
@@ -78,7 +80,7 @@ def test_a_worker_dies_at_each_step(
     every = size.of(16, 4, 1)
     first = random.randint(1, every)
     dying = watcher.worker(DIES_AT_STEPS, kind, str(first), str(every))
-    out, _ = dying.communicate()
+    out, _ = dying.communicate(timeout=size.of(1, 2, 6) * LIMIT)  # a fork for each step
     assert dying.returncode == 0
     assert int(out) > 150, "there are so many steps"
     wait_until(

@@ -267,7 +267,9 @@ def _serve(requests: socket.socket) -> tuple[dict[str, Any], list[int]]:
         for number in set(ready) & dead.keys():
             pid, ended = dead.pop(number)
             os.waitpid(pid, 0)
-            ended.close()
+            # Seen although a child that was just forked, and may be stopped, has it, too.
+            with ended, contextlib.suppress(OSError):  # nobody may be left to see it
+                ended.shutdown(socket.SHUT_RDWR)
         for pidfd in set(ready) & children.keys():
             pid, ended = children.pop(pidfd)
             os.close(pidfd)
