@@ -48,6 +48,7 @@ a pause that overruns: 10 in pause 0.5 pauses, 10.6 told pause reaped, 10.6 dies
 no report on a full disk: 10 in a 1, 10 fault 0 full disk, 11.1 said a reaped, 11.1 dies -9
 no word but in the log on a full disk: 10 in a 1, 10 fault 0 full disk, 11.1 logged a, 11.1 dies -9
 killed by us: 10 in a 1, 10.5 dies -9 by us
+another program was asked for stacks: 10 in a 1, 10.95 executing, 11.04 dies -63
 late for a standstill: 10 in a 1, 12 fault 0.8 machine stood still, 26.5 told a reaped, 26.5 dies -9
 late for one just before: 10 in a 1, 10.7 fault 0.9 machine stood still, 26.5 told a reaped,
     26.5 dies -9
@@ -127,6 +128,8 @@ reported twice: 10 in a 1, 11.1 told a reaped, 11.4 reported a gone,
     11.1 dies -9 -> told of 2 times
 expired twice with one watcher: 10 in a 1, 11.1 told a expired, 11.8 told a expired,
     12.1 told a reaped, 12.1 dies -9 -> told of 2 times
+another program was asked long after: 10 in a 1, 10.1 executing, 11.5 dies -63 -> ended with -63
+who was not overdue was asked: 10 in a 60, 11.1 executing, 11.2 dies -63 -> ended with -63
 before the next program could say a word: 10 in a 1, 10.1 executing, 11.5 dies -9 -> never overdue
 """
 FINE_IN_A_STORM = """
