@@ -295,7 +295,7 @@ class TestAddresses:
         ("reply", "error", "says"),
         [
             (None, hangwatch.WatcherUnavailableError, "did not answer within"),
-            (b"", hangwatch.ProtocolError, "hung up"),
+            (b"", hangwatch.ProtocolError, "disconnected"),
             (b"HTTP/1.1 400", hangwatch.ProtocolError, "not one of a hangwatch watcher"),
             (b'{"hangwatch": 7}', hangwatch.VersionError, "install the same hangwatch"),
             (
@@ -314,7 +314,7 @@ class TestAddresses:
         error: type[Exception],
         says: str,
     ) -> None:
-        # Whoever is hung up on tries again for a while. By this clock that is once.
+        # A worker whose peer disconnects tries again for a while. By this clock that is once.
         clock, converse = [0.0], connection._converse
 
         def converse_for_long(*arguments: Any) -> bytes:

@@ -198,18 +198,22 @@ class View:
     def chain(self, slot: Armed) -> list[layout.SlotDetails]:
         """Return the details of a block and of the open blocks around it, innermost first."""
         entered = self.entered(slot)
-        around = [other for other in self.beside(slot) if self.entered(other) <= entered]
+        around = [
+            other for other in self.others_of_its_thread(slot) if self.entered(other) <= entered
+        ]
         around.sort(key=self.entered, reverse=True)
         return [self.read_details(one.index) for one in (slot, *around[:_MOST_WITHIN])]
 
     def within(self, slot: Armed) -> list[layout.SlotDetails]:
         """Return the details of the open blocks inside of a block, innermost first."""
         entered = self.entered(slot)
-        inside = [other for other in self.beside(slot) if self.entered(other) > entered]
+        inside = [
+            other for other in self.others_of_its_thread(slot) if self.entered(other) > entered
+        ]
         inside.sort(key=self.entered, reverse=True)
         return [self.read_details(one.index) for one in inside[-_MOST_WITHIN:]]
 
-    def beside(self, slot: Armed) -> list[Armed]:
+    def others_of_its_thread(self, slot: Armed) -> list[Armed]:
         """Return the other open blocks of a block's thread, and of its task if it is in one."""
         who = self._holder(slot)
         return [

@@ -69,7 +69,7 @@ class ReplacingBlock(SlotTimer):
         scope = view.read_details(mine.index).scope
         of_scope = [
             other
-            for other in view.beside(mine)
+            for other in view.others_of_its_thread(mine)
             if view.read_details(other.index).scope == scope and not view.is_pause(other.index)
         ]
         return max(of_scope, key=view.entered, default=None)

@@ -158,14 +158,14 @@ class WorkerClient:
         self._try_at = monotonic() + _TRY_AGAIN_AFTER
         self._warned.discard("connect")
         watcher.close()
-        self._expect_nobody()
+        self._forget_promise()
         self._on_lost()
         if not self.is_connected:
             self._warn_once("lost", "the watcher is gone")
         return True
 
-    def _expect_nobody(self) -> None:
-        """Keep no thread quiet by what a watcher promised that we don't have, or not any more."""
+    def _forget_promise(self) -> None:
+        """Invalidate the watcher's promise, so that the next arm rings."""
         if self._page is not None:
             self._page.words[layout.WATCH_UNTIL] = 0.0
 
@@ -188,7 +188,7 @@ class WorkerClient:
             seldom = held_up or isinstance(error, VersionError)
             self._pause = min(2 * self._pause, _SELDOM) if seldom else _TRY_AGAIN_AFTER
             self._try_at = monotonic() + self._pause
-            self._expect_nobody()
+            self._forget_promise()
             return error
         self._pause = _TRY_AGAIN_AFTER
         return None
@@ -253,8 +253,8 @@ def _note_debugger() -> None:
 
 def forget_parent() -> None:
     """In a forked child: touch nothing of the parent's, and start anew."""
-    global _void
-    _void = None
+    global _unwatched_slots
+    _unwatched_slots = None
     for client in list(_clients):
         client.forget_parent()
     stack_channel.forget_channel()
@@ -266,21 +266,21 @@ def _ring(client: weakref.ref[WorkerClient]) -> bool:
     return alive is not None and alive.ring()
 
 
-_void: Slots | None = None
+_unwatched_slots: Slots | None = None
 """The slots of blocks that nobody is to watch: memory of our own."""
 
 
 def _arm_unwatched(block: Expiration) -> Other | None:
     """Arm a block that nobody is to watch, so that its thread enters it without asking again."""
-    global _void
-    if _void is None:
+    global _unwatched_slots
+    if _unwatched_slots is None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         try:
             memory = mmap.mmap(-1, layout.PAGE_BYTES, flags=flags)
-            _void = core.Slots(memory, None, layout.CAPACITY)
+            _unwatched_slots = core.Slots(memory, None, layout.CAPACITY)
         except OSError:
             return UNWATCHED
-    armed = _void.arm(block, layout.no_details, 0.0, True, True)
+    armed = _unwatched_slots.arm(block, layout.no_details, 0.0, True, True)
     return None if armed else UNWATCHED
 
 

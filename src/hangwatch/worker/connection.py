@@ -124,14 +124,16 @@ def _try(
         connection.connect(address)
     except BlockingIOError:  # the queue of new connections is full
         return WatcherUnavailableError(
-            f"the watcher at {address} is too busy to take newcomers: try again later"
+            f"the watcher at {address} is too busy to accept new connections: try again later"
         )
     except OSError as error:
         raise _unreachable(address, error) from None
     _check_owner(connection, address)
     answer = _converse(connection, address, hello(), until)
     if not answer:  # a watcher that died in the middle of this has a successor before long
-        return ProtocolError(f"whoever listens at {address} hung up: it is no watcher")
+        return ProtocolError(
+            f"the process that listens at {address} disconnected: it is no watcher"
+        )
     reply = wire.decode_reply(answer, f"the watcher at {address}")
     if reply.reason is not None:
         raise WatcherUnavailableError(
@@ -175,7 +177,7 @@ def _check_owner(connection: socket.socket, address: str) -> None:
 
 
 def _converse(connection: socket.socket, address: str, hello: Hello, until: float) -> bytes:
-    """Say hello and hear the answer; empty if the other side hung up before it gave one."""
+    """Say hello and hear the answer; empty if the other side disconnected before it gave one."""
     message = wire.encode_hello(hello)
     descriptors = [hello.page_fd] if hello.stacks is None else [hello.page_fd, hello.stacks.fd]
     try:
